@@ -1,0 +1,70 @@
+"""Every ``HALFBYTE_*`` environment variable: name, type, default, meaning. The only reader of ``os.environ`` for them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from halfbyte.errors import ArgumentError
+
+__all__ = ["VARIABLES", "Variable", "get"]
+
+T = TypeVar("T", str, int, bool)
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One environment variable. ``kind`` parses it; ``doc`` goes into the documentation table."""
+
+    name: str
+    kind: type[T]
+    default: T
+    doc: str
+
+
+VARIABLES: tuple[Variable[str] | Variable[int] | Variable[bool], ...] = (
+    Variable(
+        "HALFBYTE_BACKEND", str, "", "Use only this backend (`reference`, `cpu`, `triton`); empty picks the best."
+    ),
+    Variable("HALFBYTE_NUM_THREADS", int, 0, "Threads of the CPU kernels; 0 follows torch."),
+    Variable(
+        "HALFBYTE_CPU_FEATURES",
+        str,
+        "",
+        "Highest CPU level the kernels may use (`avx512bf16`, `avx512`, `avx2`, `portable`); empty: all.",
+    ),
+    Variable(
+        "HALFBYTE_CACHE_DIR", str, "", "Where downloads and compiled kernels go; empty: the user's cache directory."
+    ),
+    Variable("HALFBYTE_QUIET", bool, False, "No receipt line after a model is loaded."),
+)
+
+_BY_NAME = {variable.name: variable for variable in VARIABLES}
+
+
+def get(name: str) -> str | int | bool:
+    """Value of one variable, parsed; the default when it is unset or empty.
+
+    Raises:
+        ArgumentError: The value does not parse.
+
+    >>> get("HALFBYTE_NUM_THREADS") >= 0
+    True
+    """
+    variable = _BY_NAME[name]
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return variable.default
+    if variable.kind is bool:
+        if text.lower() in {"1", "true", "yes", "on"}:
+            return True
+        if text.lower() in {"0", "false", "no", "off"}:
+            return False
+        raise ArgumentError(f"{name}={text!r}", expected="1 or 0", hint=f"unset {name}")
+    if variable.kind is int:
+        try:
+            return int(text)
+        except ValueError:
+            raise ArgumentError(f"{name}={text!r}", expected="a whole number", hint=f"unset {name}") from None
+    return text

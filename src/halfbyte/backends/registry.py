@@ -1,0 +1,213 @@
+"""Which backend computes which op: registration, selection by priority and declared reasons, and the explanation."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from halfbyte import _env
+from halfbyte.errors import ArgumentError, UnsupportedError
+from halfbyte.ops import bind, defined_ops
+
+__all__ = ["Backend", "Verdict", "backends", "explain", "implements", "register", "select", "unregister"]
+
+ENTRY_POINT_GROUP = "halfbyte.backends"
+"""Packages add backends by an entry point of this group: a function without arguments that calls :func:`register`."""
+
+Declines = Callable[..., "str | None"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of computing ops.
+
+    Attributes:
+        name: What ``HALFBYTE_BACKEND`` and reports call it.
+        devices: Device types it computes on; empty for every device.
+        priority: The highest that does not decline computes.
+        module: Imported at the first use of a matching device; registers its ops with :func:`implements`.
+        why_not: Returns why it cannot serve on this machine at all (a missing package, say), else None.
+    """
+
+    name: str
+    devices: frozenset[str]
+    priority: int
+    module: str
+    why_not: Callable[[], str | None] = lambda: None
+
+    def serves(self, device: str) -> bool:
+        """Whether it computes on that device type."""
+        return not self.devices or device in self.devices
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a backend would or would not compute a call: ``reason`` is None for one that would."""
+
+    backend: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    backend: Backend
+    function: Callable[..., Any]
+    declines: Declines | None
+
+
+_backends: dict[str, Backend] = {}
+_implementations: dict[str, dict[str, _Implementation]] = {}
+_candidates: dict[tuple[str, str], tuple[_Implementation, ...]] = {}
+_loaded: dict[str, str | None] = {}
+_entry_points_read = False
+
+
+def register(backend: Backend) -> Backend:
+    """Add a backend; its ops follow when its module is imported. Returns it.
+
+    Raises:
+        ArgumentError: The name is taken.
+    """
+    if backend.name in _backends:
+        raise ArgumentError(f"a backend named {backend.name!r} is registered already", hint="choose another name")
+    _backends[backend.name] = backend
+    _candidates.clear()
+    return backend
+
+
+def unregister(name: str) -> None:
+    """Remove a backend and its ops."""
+    _backends.pop(name, None)
+    _loaded.pop(name, None)
+    for table in _implementations.values():
+        table.pop(name, None)
+    _candidates.clear()
+
+
+def implements(
+    backend: str, op: str, declines: Declines | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate the function with which ``backend`` computes ``op`` (``"gemm_4bit"``, ``"gemm_4bit.out"``).
+
+    Args:
+        backend: Name of a registered backend.
+        op: Name of a defined op.
+        declines: Same arguments as the op; returns why this call is left to the next backend, else None.
+
+    Raises:
+        ArgumentError: No such op or backend.
+    """
+    if op not in defined_ops():
+        raise ArgumentError(f"op {op!r} is not defined", expected=f"one of {', '.join(defined_ops())}")
+    if backend not in _backends:
+        raise ArgumentError(f"backend {backend!r} is not registered", expected=f"one of {', '.join(_backends)}")
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        _implementations.setdefault(op, {})[backend] = _Implementation(_backends[backend], function, declines)
+        _candidates.clear()
+        return function
+
+    return decorate
+
+
+def backends() -> tuple[Backend, ...]:
+    """All registered backends, best first."""
+    _read_entry_points()
+    return tuple(sorted(_backends.values(), key=lambda backend: -backend.priority))
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> list[Verdict]:
+    """What every backend says of this call, best first; the first whose reason is None computes it."""
+    device = _device_of(args, kwargs)
+    verdicts: list[Verdict] = []
+    for backend in backends():
+        reason = _why_not(backend, device)
+        implementation = _implementations.get(op, {}).get(backend.name)
+        if reason is None and implementation is None:
+            reason = f"does not implement {op}"
+        if reason is None and implementation is not None and implementation.declines is not None:
+            reason = implementation.declines(*args, **kwargs)
+        verdicts.append(Verdict(backend.name, reason))
+    return verdicts
+
+
+def select(op: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+    """The function that computes this call.
+
+    Raises:
+        UnsupportedError: Every backend declined; the message lists the reasons.
+    """
+    candidates = _candidates.get((op, device))
+    if candidates is None:
+        candidates = _find_candidates(op, device)
+    for implementation in candidates:
+        declines = implementation.declines
+        if declines is None or declines(*args, **kwargs) is None:
+            return implementation.function
+    reasons = "; ".join(f"{v.backend}: {v.reason}" for v in explain(op, *args, **kwargs))
+    raise UnsupportedError(f"no backend computes {op} on {device} ({reasons})", hint="run: halfbyte doctor")
+
+
+def _find_candidates(op: str, device: str) -> tuple[_Implementation, ...]:
+    usable = [backend for backend in backends() if _why_not(backend, device) is None]
+    table = _implementations.get(op, {})
+    found = tuple(table[backend.name] for backend in usable if backend.name in table)
+    _candidates[(op, device)] = found
+    return found
+
+
+def _why_not(backend: Backend, device: str) -> str | None:
+    forced = _env.get("HALFBYTE_BACKEND")
+    if forced and forced not in _backends:
+        raise ArgumentError(
+            f"HALFBYTE_BACKEND={forced!r}", expected=f"one of {', '.join(_backends)}", hint="unset HALFBYTE_BACKEND"
+        )
+    if forced and backend.name != forced:
+        return f"HALFBYTE_BACKEND={forced} asks for another"
+    if not backend.serves(device):
+        return f"serves {', '.join(sorted(backend.devices))}, not {device}"
+    if backend.name not in _loaded:
+        reason = backend.why_not()
+        if reason is None:
+            importlib.import_module(backend.module)
+        _loaded[backend.name] = reason
+    return _loaded[backend.name]
+
+
+def _read_entry_points() -> None:
+    global _entry_points_read
+    if _entry_points_read:
+        return
+    _entry_points_read = True
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        point.load()()
+
+
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+    return "cpu"
+
+
+def _kernel_for(op: str, check: Callable[..., None]) -> Callable[..., Any]:
+    def kernel(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        check(first, *args, **kwargs)
+        return select(op, first.device.type, (first, *args), kwargs)(first, *args, **kwargs)
+
+    return kernel
+
+
+def _missing(package: str) -> Callable[[], str | None]:
+    return lambda: None if importlib.util.find_spec(package) else f"{package} is not installed"
+
+
+bind(_kernel_for)
+register(Backend("reference", frozenset(), 0, "halfbyte.backends.reference"))

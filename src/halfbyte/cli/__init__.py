@@ -1,0 +1,1 @@
+"""The ``halfbyte`` command: one thin module a command (parse, call, render)."""
