@@ -1,4 +1,4 @@
-"""Every ``HALFBYTE_*`` environment variable: name, type, default, meaning. The only reader of ``os.environ`` for them."""
+"""Every ``HALFBYTE_*`` environment variable: name, type, default, meaning. The only place that reads them."""
 
 from __future__ import annotations
 

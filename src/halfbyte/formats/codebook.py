@@ -1,4 +1,4 @@
-"""A codebook: which value each code stands for, and everything that follows from it (order, midpoints, the zero code)."""
+"""A codebook: which value each code stands for, and what follows from it (order, midpoints, the zero code)."""
 
 from __future__ import annotations
 

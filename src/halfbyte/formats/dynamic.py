@@ -1,4 +1,7 @@
-"""Dynamic maps: a decimal exponent by unary prefix, the rest a linear fraction (Dettmers, 8-bit Approximations, 2015)."""
+"""Dynamic maps: a decimal exponent by unary prefix, the rest a linear fraction.
+
+Source: Dettmers, 8-Bit Approximations for Parallelism in Deep Learning, 2015 (arXiv:1511.04561).
+"""
 
 from __future__ import annotations
 

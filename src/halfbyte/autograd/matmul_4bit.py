@@ -1,0 +1,104 @@
+"""``matmul_4bit``: activation times packed 4-bit weight, with the gradient to the activation and the bias."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import QuantStateMissingError
+from halfbyte.functional import dequantize_4bit, format_of, kernel_scales
+from halfbyte.quant_state import QuantState
+
+__all__ = ["MatMul4Bit", "matmul_4bit"]
+
+_ops = torch.ops.halfbyte
+
+
+class MatMul4Bit(torch.autograd.Function):
+    """``A @ weight.T + bias``; keeps only the packed weight for the backward pass. The weight gets no gradient."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, A: Tensor, B: Tensor, out: Tensor | None, bias: Tensor | None, quant_state: QuantState
+    ) -> Tensor:
+        ctx.quant_state = quant_state
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(B)
+        result = _product(A, B, quant_state, bias)
+        return result if out is None else out.copy_(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        (grad,) = grads
+        (B,) = ctx.saved_tensors
+        grad_A = grad_bias = None
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=ctx.bias_dtype)
+        if ctx.needs_input_grad[0]:
+            state: QuantState = ctx.quant_state
+            shape, blocksize, kind, _ = format_of(state)
+            scales = kernel_scales(state)
+            grad_A = _ops.gemm_4bit_dgrad(grad, B, shape, scales[0], blocksize, kind, *scales[1:])
+        return grad_A, None, None, grad_bias, None
+
+
+def matmul_4bit(
+    A: Tensor,
+    B: Tensor,
+    quant_state: QuantState | None,
+    out: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``A @ weight.T + bias`` where ``B`` holds the weight's packed codes.
+
+    Args:
+        A: fp32, bf16 or fp16, ``(..., K)``; the product is computed and returned in its dtype.
+        B: Packed codes, ``(bytes, 1)`` or its transpose, of a weight ``(N, K)``.
+        quant_state: The weight's QuantState.
+        out: Filled with the result where given.
+        bias: ``(N,)``; cast to A's dtype.
+
+    Returns:
+        ``(..., N)``.
+
+    Raises:
+        QuantStateMissingError: No quant_state.
+        ArgumentError: Shapes or dtypes that do not fit each other.
+    """
+    if quant_state is None:
+        raise QuantStateMissingError(
+            "the 4-bit weight has no quant_state",
+            expected="one from quantize_4bit or Params4bit",
+            hint="move the layer to its device once, or load its state dict with the weight.* keys",
+        )
+    shape = quant_state.shape
+    if shape is not None and len(shape) == 2 and shape[0] == A.shape[-1] != shape[1]:
+        return _transposed(A, B, quant_state, bias)
+    if torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
+        return MatMul4Bit.apply(A, B, out, bias, quant_state)  # pyright: ignore[reportReturnType]
+    result = _product(A, B, quant_state, bias)
+    return result if out is None else out.copy_(result)
+
+
+def _product(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None) -> Tensor:
+    shape, blocksize, kind, _ = format_of(quant_state)
+    scales = kernel_scales(quant_state)
+    if bias is not None and bias.dtype != A.dtype:
+        bias = bias.to(A.dtype)
+    return _ops.gemm_4bit(A, B, shape, scales[0], blocksize, kind, bias, *scales[1:])
+
+
+def _transposed(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None) -> Tensor:
+    """The product with a weight that was quantized as ``(K, N)``, as old code did; slow."""
+    warnings.warn(
+        f"the weight was quantized with shape {tuple(quant_state.shape or ())}, input features first; "
+        "quantize it as (out_features, in_features)",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    weight = dequantize_4bit(B.reshape(-1, 1), quant_state).to(A.dtype)
+    product = torch.matmul(A, weight)
+    return product if bias is None else product + bias.to(A.dtype)

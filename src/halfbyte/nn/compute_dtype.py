@@ -1,0 +1,40 @@
+"""Which dtype a quantized product is computed in when the user names none."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+__all__ = ["cpu_has_native_bf16", "default_compute_dtype"]
+
+
+def default_compute_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype that ``device`` multiplies natively without losing range or, without one, fp32.
+
+    CUDA: bf16 from compute capability 8.0, fp16 below. CPU: bf16 with AVX512-BF16, AMX or Arm's bf16, else fp32
+    (there 16-bit products are emulated). XPU, MPS and others: bf16, fp16, fp32 in this order as torch offers them.
+
+    >>> default_compute_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    True
+    """
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return torch.bfloat16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu":
+        return torch.bfloat16 if cpu_has_native_bf16() else torch.float32
+    if device.type == "mps":
+        return torch.float16
+    return torch.bfloat16 if device.type in {"xpu", "hpu", "npu"} else torch.float32
+
+
+@functools.cache
+def cpu_has_native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware, as torch sees it."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        probe = getattr(torch.cpu, name, None)
+        if probe is not None and probe():
+            return True
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("bf16", False))
