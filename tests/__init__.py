@@ -1,0 +1,1 @@
+"""The tests of halfbyte: the folders mirror the package."""

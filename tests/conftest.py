@@ -1,0 +1,46 @@
+"""Fixtures of every folder: poisoned memory, a fixed seed, the skips that markers ask for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+import torch
+
+from tests.support import poison
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what a marker says cannot run here."""
+    for item in items:
+        if item.get_closest_marker("gpu") is not None and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+        if item.get_closest_marker("peer") is not None and not os.environ.get("HALFBYTE_PEER_PYTHON"):
+            item.add_marker(pytest.mark.skip(reason="HALFBYTE_PEER_PYTHON names no interpreter with bitsandbytes"))
+
+
+@cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Memory that halfbyte allocates and does not write shows as NaN or 0xA5."""
+    with pytest.MonkeyPatch.context() as patch:
+        poison.install(patch)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Every test draws the same numbers, alone or among others."""
+    torch.manual_seed(20240)
+
+
+@pytest.fixture
+def peer_python() -> str:
+    """The interpreter that has bitsandbytes 0.50.2; use with ``@pytest.mark.peer``."""
+    return os.environ["HALFBYTE_PEER_PYTHON"]

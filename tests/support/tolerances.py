@@ -1,0 +1,65 @@
+"""Every tolerance of the tests, each with its reason. A test that needs another number adds a row, or has found a bug."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["TOLERANCES", "Tolerance", "close", "worst"]
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Greatest error relative to ``scale`` (see :func:`close`), and why it cannot be smaller."""
+
+    relative: float
+    reason: str
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "exact": Tolerance(0.0, "same operations in the same order"),
+    "nearest slack": Tolerance(
+        3e-7,
+        "a value times the fp32 reciprocal of absmax is off by 2 roundings (2^-23), an fp32 midpoint by 2^-25: a code may "
+        "be one step from nearest where two levels are equally far to within twice that",
+    ),
+    "one rounding fp32": Tolerance(2**-23, "one fp32 product against float64, and the fp32 level against the exact one"),
+    "one rounding bf16": Tolerance(2**-8, "bf16 keeps 8 bits: rounding once is off by half of 2^-7"),
+    "one rounding fp16": Tolerance(2**-10, "fp16 keeps 11 bits, its subnormals fewer: rounding once is off by 2^-11"),
+    "mean of absmax": Tolerance(2**-22, "fp32 sums of absmax in another order (AVX2, AVX-512, Arm)"),
+    "product fp32": Tolerance(1e-5, "fp32 dot products of up to 4096 terms in any order, relative to sum(|a| |w|)"),
+    "product bf16": Tolerance(2**-7, "weight rounded to bf16, sum in fp32 or bf16 pieces, result rounded to bf16"),
+    "product fp16": Tolerance(2**-9, "weight rounded to fp16, sum in fp32 or fp16 pieces, result rounded to fp16"),
+}
+
+
+def rounding(dtype: torch.dtype) -> Tolerance:
+    """The row for one rounding to ``dtype``."""
+    return TOLERANCES[f"one rounding {_SHORT[dtype]}"]
+
+
+def product(dtype: torch.dtype) -> Tolerance:
+    """The row for a matrix product in ``dtype``."""
+    return TOLERANCES[f"product {_SHORT[dtype]}"]
+
+
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def worst(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | float) -> float:
+    """Largest ``|actual - expected| / scale``, in float64; elements that are equal (or both NaN) count zero."""
+    left, right = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert left.shape == right.shape, f"{tuple(left.shape)} is not {tuple(right.shape)}"
+    size = torch.as_tensor(scale, dtype=torch.float64).cpu()
+    same = (left == right) | (left.isnan() & right.isnan())
+    error = torch.where(same, 0.0, (left - right).abs() / size.clamp(min=1e-300))
+    return float(error.nan_to_num(nan=float("inf")).max()) if error.numel() else 0.0
+
+
+def close(
+    name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: Tolerance, scale: torch.Tensor | float
+) -> None:
+    """Fail, naming the tensor, unless every element is within ``tolerance.relative * scale``."""
+    error = worst(actual, expected, scale)
+    assert error <= tolerance.relative, f"{name}: error {error:.3g} above {tolerance.relative:.3g} ({tolerance.reason})"
