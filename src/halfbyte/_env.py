@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from halfbyte.errors import ArgumentError
 
-__all__ = ["VARIABLES", "Variable", "get"]
+__all__ = ["VARIABLES", "Variable", "cache_dir", "get"]
 
 T = TypeVar("T", str, int, bool)
 
@@ -68,3 +70,21 @@ def get(name: str) -> str | int | bool:
         except ValueError:
             raise ArgumentError(f"{name}={text!r}", expected="a whole number", hint=f"unset {name}") from None
     return text
+
+
+def cache_dir() -> Path:
+    """Where halfbyte keeps what it downloads and compiles: ``HALFBYTE_CACHE_DIR``, else the user's cache directory.
+
+    Returns:
+        The path; it need not exist yet.
+    """
+    chosen = str(get("HALFBYTE_CACHE_DIR"))
+    if chosen:
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "halfbyte"

@@ -103,10 +103,10 @@ class _Tally:
     skipped: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
 
-def receipt(model: torch.nn.Module, *, show: bool = True) -> Receipt:
+def receipt(model: torch.nn.Module, *, show: bool = True, warn: bool = True) -> Receipt:
     """Count what is quantized in ``model``; print it unless ``show`` is False.
 
-    Warns when less than half of the weights are quantized.
+    Warns when less than half of the weights are quantized, unless ``warn`` is False.
 
     >>> from halfbyte.nn import LinearNF4
     >>> r = receipt(torch.nn.Sequential(LinearNF4(64, 64, bias=False).to("cpu")), show=False)
@@ -138,7 +138,7 @@ def receipt(model: torch.nn.Module, *, show: bool = True) -> Receipt:
     )
     if show:
         print(found)
-    if found.weights and found.share < WARN_BELOW:
+    if warn and found.weights and found.share < WARN_BELOW:
         largest = found.skipped[0] if found.skipped else None
         why = f"; the largest part left alone is {largest.name} ({largest.reason})" if largest else ""
         warnings.warn(f"only {found.share:.1%} of the weights are quantized{why}", stacklevel=2)
