@@ -15,6 +15,8 @@ from halfbyte import _env
 from halfbyte.demo import assets
 from tests.support import poison
 
+collect_ignore = ["golden/make.py", "golden/read_with_peer.py"]  # these import bitsandbytes
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what a marker says cannot run here."""

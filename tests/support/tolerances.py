@@ -1,4 +1,4 @@
-"""Every tolerance of the tests, each with its reason. A test that needs another number adds a row, or has found a bug."""
+"""Every tolerance of the tests with its reason. A test that needs another number adds a row, or has found a bug."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ TOLERANCES: dict[str, Tolerance] = {
     "exact": Tolerance(0.0, "same operations in the same order"),
     "nearest slack": Tolerance(
         3e-7,
-        "a value times the fp32 reciprocal of absmax is off by 2 roundings (2^-23), an fp32 midpoint by 2^-25: a code may "
-        "be one step from nearest where two levels are equally far to within twice that",
+        "a value times the fp32 reciprocal of absmax is off by 2 roundings (2^-23), an fp32 midpoint by 2^-25: a code "
+        "may be one step from nearest where two levels are equally far to within twice that",
     ),
-    "one rounding fp32": Tolerance(2**-23, "one fp32 product against float64, and the fp32 level against the exact one"),
+    "one rounding fp32": Tolerance(
+        2**-23, "one fp32 product against float64, and the fp32 level against the exact one"
+    ),
     "one rounding bf16": Tolerance(2**-8, "bf16 keeps 8 bits: rounding once is off by half of 2^-7"),
     "one rounding fp16": Tolerance(2**-10, "fp16 keeps 11 bits, its subnormals fewer: rounding once is off by 2^-11"),
     "mean of absmax": Tolerance(2**-22, "fp32 sums of absmax in another order (AVX2, AVX-512, Arm)"),
@@ -51,7 +53,7 @@ def worst(actual: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | fl
     """Largest ``|actual - expected| / scale``, in float64; elements that are equal (or both NaN) count zero."""
     left, right = actual.detach().double().cpu(), expected.detach().double().cpu()
     assert left.shape == right.shape, f"{tuple(left.shape)} is not {tuple(right.shape)}"
-    size = torch.as_tensor(scale, dtype=torch.float64).cpu()
+    size = torch.as_tensor(scale, dtype=torch.float64).detach().cpu()
     same = (left == right) | (left.isnan() & right.isnan())
     error = torch.where(same, 0.0, (left - right).abs() / size.clamp(min=1e-300))
     return float(error.nan_to_num(nan=float("inf")).max()) if error.numel() else 0.0
