@@ -38,6 +38,8 @@ __all__ = [
 
 Arch = tuple[int, int]
 
+_TEGRA: frozenset[Arch] = frozenset({(5, 3), (6, 2), (7, 2), (8, 7)})
+
 PYTORCH_INDEX = "https://download.pytorch.org/whl"
 """Where PyTorch keeps the wheels of every CUDA version; the package index has only one of them."""
 
@@ -173,11 +175,14 @@ def arches(torch: str, cuda: str, machine: str = "x86_64") -> tuple[Arch, ...]:
 def runs_on(built: Sequence[Arch], capability: Arch) -> bool:
     """Whether compiled code for ``built`` runs on a GPU: same major version, minor not newer than the GPU's.
 
-    Code that the driver could compile from PTX is not counted, since not every wheel carries it.
+    Jetson's GPUs need code made for them; so says torch's own table in ``torch/cuda/__init__.py``. Code that the driver
+    could compile from PTX is not counted, since not every wheel carries it.
 
     >>> runs_on([(8, 0), (12, 0)], (8, 9)), runs_on([(8, 0), (12, 0)], (9, 0)), runs_on([(12, 0)], (12, 1))
     (True, False, True)
     """
+    if capability in _TEGRA:
+        return capability in built
     return any(major == capability[0] and minor <= capability[1] for major, minor in built)
 
 

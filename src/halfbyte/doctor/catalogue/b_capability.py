@@ -49,6 +49,7 @@ CLASSES = (
         texts=(
             rf"CUDA capability {_NEWER} is not compatible with the current PyTorch installation",
             r"of cuda capability (?P<capability>(?:8|9|1\d)\.\d)\.? Minimum and Maximum cuda capability supported",
+            r"of compute capability \(CC\) (?P<capability>(?:8|9|1\d)\.\d)",
             r"no kernel image is available for execution on the device",
             r"cudaErrorNoKernelImageForDevice",
         ),
@@ -65,6 +66,7 @@ CLASSES = (
         texts=(
             rf"CUDA capability {_OLDER} is not compatible with the current PyTorch installation",
             r"of cuda capability (?P<capability>[3-7]\.\d)\.? Minimum and Maximum cuda capability supported",
+            r"of compute capability \(CC\) (?P<capability>[3-7]\.\d)",
             r"PyTorch no longer supports this GPU because it is too old",
         ),
         sources=links("kaggle#1546 torch#172352 torch#190385"),
