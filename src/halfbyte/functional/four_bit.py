@@ -1,162 +1,32 @@
-"""bitsandbytes.functional's names: quantize, dequantize and multiply tensors, without modules."""
+"""4-bit quantization of tensors, and products with them."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from halfbyte import backends as _backends  # defines and binds the ops
 from halfbyte.errors import ArgumentError, QuantStateMissingError
-from halfbyte.formats import blocks, dynamic, fp8, linear, normal
-from halfbyte.formats.codebook import codebook
-from halfbyte.ops.arguments import check_format_4bit, check_out
-from halfbyte.quant_state import QuantState, pack_dict_to_tensor, unpack_tensor_to_dict
+from halfbyte.formats import blocks
+from halfbyte.functional.blockwise import flat_absmax, quantize_blockwise
+from halfbyte.functional.maps import get_4bit_type
+from halfbyte.functional.results import into
+from halfbyte.quant_state import QuantState
 
 __all__ = [
-    "C",
-    "QuantState",
-    "create_dynamic_map",
-    "create_fp8_map",
-    "create_linear_map",
-    "create_normal_map",
     "dequantize_4bit",
-    "dequantize_blockwise",
     "dequantize_fp4",
     "dequantize_nf4",
+    "format_of",
     "gemv_4bit",
-    "get_4bit_type",
     "kernel_scales",
-    "name2qmap",
-    "pack_dict_to_tensor",
     "quantize_4bit",
-    "quantize_blockwise",
     "quantize_fp4",
     "quantize_nf4",
-    "unpack_tensor_to_dict",
 ]
-
-C = 127.0
-"""Largest int8 code."""
-
-name2qmap: dict[str, Tensor] = {}
-"""Cache of code maps by name; ``"dynamic"`` is the default of :func:`quantize_blockwise`."""
 
 _ops = torch.ops.halfbyte
 del _backends
-
-
-def create_dynamic_map(signed: bool = True, max_exponent_bits: int = 7, total_bits: int = 8) -> Tensor:
-    """The dynamic 8-bit map, fp32 ``(256,)``, rising. See :func:`halfbyte.formats.dynamic.dynamic_map`."""
-    return torch.from_numpy(dynamic.dynamic_map(signed, max_exponent_bits, total_bits))
-
-
-def create_linear_map(signed: bool = True, total_bits: int = 8, add_zero: bool = True) -> Tensor:
-    """The linear map, fp32 ``(256,)``, rising. See :func:`halfbyte.formats.linear.linear_map`."""
-    return torch.from_numpy(linear.linear_map(signed, total_bits, add_zero))
-
-
-def create_fp8_map(signed: bool = True, exponent_bits: int = 5, precision_bits: int = 2, total_bits: int = 8) -> Tensor:
-    """An FP8-like map, fp32 ``(256,)``, rising. See :func:`halfbyte.formats.fp8.fp8_map`."""
-    return torch.from_numpy(fp8.fp8_map(signed, exponent_bits, precision_bits, total_bits))
-
-
-def create_normal_map(offset: float = 0.9677083, use_extra_value: bool = True) -> Tensor:
-    """Quantiles of the normal distribution, fp32 ``(256,)``, rising. See :func:`halfbyte.formats.normal.normal_map`."""
-    return torch.from_numpy(normal.normal_map(offset, use_extra_value))
-
-
-def get_4bit_type(typename: str, device: torch.device | str | None = None, blocksize: int = 64) -> Tensor:
-    """The 16 fp32 levels of a 4-bit type, in code order.
-
-    Args:
-        typename: ``"nf4"``, ``"fp4"``, ``"int4"`` or ``"af4"``.
-        device: Where the tensor goes; None is CUDA where there is one, else the CPU.
-        blocksize: ``"af4"`` is defined for 64 only.
-
-    Raises:
-        ArgumentError: Unknown type, or AF4 with another blocksize.
-
-    >>> get_4bit_type("nf4", device="cpu")[[0, 7, 15]].tolist()
-    [-1.0, 0.0, 1.0]
-    """
-    check_format_4bit(typename, blocks.DEFAULT_BLOCKSIZE_4BIT)
-    if typename == "af4" and blocksize != 64:
-        raise ArgumentError(f"af4 with blocksize {blocksize}", expected="64, for which its levels were derived")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.tensor(codebook(typename).table, device=device)
-
-
-def quantize_blockwise(
-    A: Tensor,
-    code: Tensor | None = None,
-    absmax: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int = blocks.DEFAULT_BLOCKSIZE_8BIT,
-    nested: bool = False,
-) -> tuple[Tensor, QuantState]:
-    """Quantize to 8-bit codes of a rising 256-entry map, in blocks with their own absmax.
-
-    Args:
-        A: fp32, bf16 or fp16, any shape.
-        code: The map; None is the signed dynamic map.
-        absmax: Filled with the scales where given, fp32 ``(blocks,)``.
-        out: Filled with the codes where given, uint8 of A's shape.
-        blocksize: Values per block.
-        nested: Quantize absmax as well, in blocks of the same size.
-
-    Returns:
-        uint8 codes of A's shape and their QuantState.
-    """
-    if code is None:
-        if "dynamic" not in name2qmap:
-            name2qmap["dynamic"] = create_dynamic_map()
-        code = name2qmap["dynamic"]
-    code = code.to(A.device)
-    if out is not None and absmax is not None and not nested:
-        _ops.quantize_blockwise.out(A, code, blocksize, out=out, absmax=absmax)
-        codes, scales = out, absmax
-    else:
-        codes, scales = _ops.quantize_blockwise(A, code, blocksize)
-        codes, scales = _into(out, codes), _into(absmax, scales)
-    if not nested:
-        return codes, QuantState(scales, None, code, blocksize, None, A.dtype)
-    offset = scales.mean()
-    codes2, state2 = quantize_blockwise(scales - offset, blocksize=blocksize)
-    return codes, QuantState(codes2, None, code, blocksize, None, A.dtype, offset, state2)
-
-
-def dequantize_blockwise(
-    A: Tensor,
-    quant_state: QuantState | None = None,
-    absmax: Tensor | None = None,
-    code: Tensor | None = None,
-    out: Tensor | None = None,
-    blocksize: int = blocks.DEFAULT_BLOCKSIZE_8BIT,
-    nested: bool = False,
-) -> Tensor:
-    """Values of 8-bit codes, in the original dtype (fp32 where only ``absmax`` is given).
-
-    Raises:
-        ArgumentError: Neither ``quant_state`` nor ``absmax``.
-    """
-    del nested
-    if quant_state is None:
-        if absmax is None:
-            raise ArgumentError("neither quant_state nor absmax", expected="one of them")
-        if code is None:
-            code = create_dynamic_map()
-        quant_state = QuantState(absmax, None, code, blocksize, None, torch.float32)
-    scales = flat_absmax(quant_state)
-    if quant_state.code is None or quant_state.blocksize is None:
-        raise ArgumentError("the quant_state lacks code or blocksize", expected="both")
-    table, dtype = quant_state.code.to(A.device), quant_state.dtype or torch.float32
-    if out is not None:
-        _ops.dequantize_blockwise.out(A, scales, table, quant_state.blocksize, dtype, out=out)
-        return out
-    return _ops.dequantize_blockwise(A, scales, table, quant_state.blocksize, dtype)
 
 
 def quantize_4bit(
@@ -191,7 +61,7 @@ def quantize_4bit(
     """
     blocksize = blocks.DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
     packed, scales = _ops.quantize_4bit(A, blocksize, quant_type, quant_storage)
-    packed, scales = _into(out, packed), _into(absmax, scales)
+    packed, scales = into(out, packed), into(absmax, scales)
     code = get_4bit_type(quant_type, A.device)
     if not compress_statistics:
         return packed, QuantState(scales, A.shape, code, blocksize, quant_type, A.dtype)
@@ -319,14 +189,6 @@ def format_of(state: QuantState) -> tuple[list[int], int, str, torch.dtype]:
     return list(state.shape), state.blocksize, state.quant_type, state.dtype
 
 
-def flat_absmax(state: QuantState) -> Tensor:
-    """fp32 absmax of every block, double quantization undone."""
-    if state.state2 is None or not state.nested:
-        return state.absmax.float()
-    scales = dequantize_blockwise(state.absmax, state.state2)
-    return scales if state.offset is None else scales + state.offset.float()
-
-
 def kernel_scales(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """``(absmax, absmax_8bit, absmax_code, absmax_offset)`` as the 4-bit ops take them."""
     state2 = state.state2
@@ -335,12 +197,3 @@ def kernel_scales(state: QuantState) -> tuple[Tensor, Tensor | None, Tensor | No
     if state2.blocksize != blocks.NESTED_BLOCKSIZE or state2.code is None or state.offset is None or state2.nested:
         return flat_absmax(state), None, None, None
     return state2.absmax, state.absmax, state2.code, state.offset
-
-
-def _into(given: Tensor | None, made: Tensor) -> Tensor:
-    """``made``, or ``given`` filled with it."""
-    if given is None:
-        return made
-    if math.prod(given.shape) != made.numel():
-        check_out(given, made.dtype, tuple(made.shape), made.device)
-    return given.copy_(made.view(given.shape))
