@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 from halfbyte.errors import ArgumentError
 
-__all__ = ["VARIABLES", "Variable", "cache_dir", "get"]
+__all__ = ["VARIABLES", "Variable", "cache_dir", "get", "parse"]
 
 T = TypeVar("T", str, int, bool)
 
@@ -54,8 +54,20 @@ def get(name: str) -> str | int | bool:
     >>> get("HALFBYTE_NUM_THREADS") >= 0
     True
     """
+    return parse(name, os.environ.get(name, ""))
+
+
+def parse(name: str, text: str) -> str | int | bool:
+    """What ``text`` means for that variable; its default for empty text.
+
+    Raises:
+        ArgumentError: It does not parse.
+
+    >>> parse("HALFBYTE_QUIET", "yes"), parse("HALFBYTE_QUIET", "")
+    (True, False)
+    """
     variable = _BY_NAME[name]
-    text = os.environ.get(name, "").strip()
+    text = text.strip()
     if not text:
         return variable.default
     if variable.kind is bool:
