@@ -19,9 +19,9 @@ FloatArray = npt.NDArray[np.float32]
 class Codebook:
     """The values that codes ``0 .. 2**bits - 1`` stand for, relative to the block's absmax.
 
-    Two encodings exist. Without a sign bit, codes of sorted codebooks rise with the value, and a value on a midpoint
-    takes the lower one. With ``sign_bit`` set (FP4), the other bits hold the magnitude, a value on a midpoint takes the
-    smaller magnitude, and the sign bit is set exactly for values below zero; so ``encode(-x)`` mirrors ``encode(x)``.
+    A value on a midpoint takes the lower level, in every codebook. With ``sign_bit`` set (FP4) the other bits hold the
+    magnitude, and midpoints lie between magnitudes: there a negative value on one takes the larger magnitude. The sign
+    bit is set exactly for values below zero, so the second zero ("minus zero") takes those that round to zero.
 
     Attributes:
         name: What ``quant_type`` calls it.

@@ -63,7 +63,10 @@ def encode_book(scaled: Tensor, book: Codebook) -> Tensor:
     if book.sign_bit is None:
         ranks = encode(scaled, midpoints)
     else:
-        ranks = encode(scaled.abs(), midpoints)
+        # Ties take the lower value: one ulp more for negative values makes "strictly below" an "at most".
+        magnitude = scaled.abs()
+        above = torch.nextafter(magnitude, torch.full_like(magnitude, torch.inf))
+        ranks = encode(torch.where(scaled < 0, above, magnitude), midpoints)
     if book.rank_to_code != tuple(range(len(book.rank_to_code))):
         ranks = torch.tensor(book.rank_to_code, dtype=torch.uint8, device=scaled.device)[ranks.int()]
     if book.sign_bit is not None:
