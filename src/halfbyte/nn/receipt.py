@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from halfbyte.nn.compute_dtype import default_compute_dtype
+from halfbyte.nn.left_alone import Reasons
 
-__all__ = ["Receipt", "Skipped", "receipt"]
+__all__ = ["WARN_BELOW", "Receipt", "Skipped", "count", "receipt"]
 
 WARN_BELOW = 0.5
 """Share of quantized weights below which the receipt warns."""
@@ -21,7 +22,7 @@ WARN_BELOW = 0.5
 
 @dataclass(frozen=True)
 class Skipped:
-    """Weights that were left alone: a module name (``*`` for repeated ones), how many of them, weights, bytes, why."""
+    """Weights that were left alone: their name (``*`` for layer numbers), how many of them, weights, bytes, why."""
 
     name: str
     modules: int
@@ -84,15 +85,19 @@ class Receipt:
         lines = ["halfbyte receipt", *(f"  {name:<16} {value}" for name, value in rows)]
         if self.skipped:
             lines.append("  left alone")
-            for entry in self.skipped:
-                many = f" x{entry.modules}" if entry.modules > 1 else ""
-                lines.append(f"    {entry.name}{many}: {_count(entry.weights)} weights, {_size(entry.nbytes)}")
-                lines.append(f"      {entry.reason}")
+        by_reason: dict[str, list[Skipped]] = {}
+        for entry in self.skipped:
+            by_reason.setdefault(entry.reason, []).append(entry)
+        for reason, entries in by_reason.items():
+            first = entries[0].name + (f" and {len(entries) - 1} more names" if len(entries) > 1 else "")
+            weights, nbytes = sum(entry.weights for entry in entries), sum(entry.nbytes for entry in entries)
+            lines += [f"    {first}: {_count(weights)} weights, {_size(nbytes)}", f"      {reason}"]
         return "\n".join(lines)
 
 
 @dataclass
 class _Tally:
+    dtype: torch.dtype
     quantized_weights: int = 0
     quantized_nbytes: int = 0
     weights: int = 0
@@ -111,17 +116,32 @@ def receipt(model: torch.nn.Module, *, show: bool = True, warn: bool = True) -> 
     >>> from halfbyte.nn import LinearNF4
     >>> r = receipt(torch.nn.Sequential(LinearNF4(64, 64, bias=False).to("cpu")), show=False)
     >>> r.share, round(r.bits_per_weight, 2)
-    (1.0, 6.65)
+    (1.0, 6.27)
     """
-    tally = _Tally()
-    kept: set[str] = set(getattr(getattr(model, "hf_quantizer", None), "modules_to_not_convert", None) or ())
-    tied = _tied_names(model)
+    found = count(model)
+    if show:
+        print(found)
+    if warn and found.weights and found.share < WARN_BELOW:
+        largest = found.skipped[0]
+        warnings.warn(
+            f"only {found.share:.1%} of the weights are quantized; the largest part left alone is {largest.name} "
+            f"({largest.reason})",
+            stacklevel=2,
+        )
+    return found
+
+
+def count(model: torch.nn.Module) -> Receipt:
+    """The receipt of ``model``, without a word."""
+    tally = _Tally(_activation_dtype(model))
+    reasons = Reasons(model)
     for name, module, parameter in _parameters(model):
         if _is_quantized(parameter):
             _count_quantized(tally, module, parameter)
         else:
-            _count_skipped(tally, name, module, parameter, kept, tied)
-    found = Receipt(
+            _count_skipped(tally, name, parameter, reasons.why(name, module, parameter))
+    skipped = sorted(tally.skipped.items(), key=lambda item: -item[1][1])
+    return Receipt(
         weights=tally.weights,
         quantized_weights=tally.quantized_weights,
         nbytes=tally.nbytes,
@@ -129,20 +149,8 @@ def receipt(model: torch.nn.Module, *, show: bool = True, warn: bool = True) -> 
         original_nbytes=tally.original_nbytes,
         formats=dict(sorted(tally.formats.items(), key=lambda item: -item[1])),
         compute_dtypes=tuple(sorted(tally.compute_dtypes)),
-        skipped=tuple(
-            Skipped(name, modules, weights, nbytes, reason)
-            for (name, reason), (modules, weights, nbytes) in sorted(
-                tally.skipped.items(), key=lambda item: -item[1][1]
-            )
-        ),
+        skipped=tuple(Skipped(name, n[0], n[1], n[2], reason) for (name, reason), n in skipped),
     )
-    if show:
-        print(found)
-    if warn and found.weights and found.share < WARN_BELOW:
-        largest = found.skipped[0] if found.skipped else None
-        why = f"; the largest part left alone is {largest.name} ({largest.reason})" if largest else ""
-        warnings.warn(f"only {found.share:.1%} of the weights are quantized{why}", stacklevel=2)
-    return found
 
 
 def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, torch.nn.Parameter]]:
@@ -154,74 +162,62 @@ def _parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, 
                 yield f"{module_name}.{parameter_name}".lstrip("."), module, parameter
 
 
-def _tied_names(model: torch.nn.Module) -> dict[int, list[str]]:
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
-
-
 def _is_quantized(parameter: Any) -> bool:
     # By name, as transformers and peft do: sharding wrappers keep the class's name, not always its identity.
     kind = type(parameter).__name__
+    if kind == "Int8Params":
+        return parameter.dtype == torch.int8
     return kind == "Params4bit" and getattr(parameter, "quant_state", None) is not None
 
 
+def _activation_dtype(model: torch.nn.Module) -> torch.dtype:
+    """dtype of the weights that are not quantized, which is what reaches the quantized layers."""
+    dtypes = (p.dtype for p in model.parameters() if not _is_quantized(p) and p.is_floating_point())
+    return next(dtypes, torch.float32)
+
+
 def _count_quantized(tally: _Tally, module: torch.nn.Module, parameter: Any) -> None:
-    state = parameter.quant_state
-    weights = math.prod(state.shape)
-    scales = [tensor for tensor in state.tensors() if tensor is not state.code]
-    nbytes = sum(t.numel() * t.element_size() for t in (parameter, state.code, *scales))
-    name = f"{state.quant_type}, double quant" if state.nested else str(state.quant_type)
+    if type(parameter).__name__ == "Int8Params":
+        scales = getattr(parameter, "SCB", None)
+        scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+        weights, itemsize, name = parameter.numel(), tally.dtype.itemsize, "int8"
+        parts = [parameter] if scales is None else [parameter, scales]
+        # Its products are int8; what surrounds them has the dtype of the activations.
+        dtype, chosen = tally.dtype, ""
+    else:
+        state = parameter.quant_state
+        weights, itemsize = math.prod(state.shape), state.dtype.itemsize
+        name = f"{state.quant_type}, double quant" if state.nested else str(state.quant_type)
+        parts = [parameter, *state.tensors()]
+        dtype, chosen = _compute_dtype(module, parameter, tally.dtype)
+    nbytes = sum(part.numel() * part.element_size() for part in parts)
     tally.formats[name] = tally.formats.get(name, 0) + weights
     tally.quantized_weights += weights
     tally.quantized_nbytes += nbytes
     tally.weights += weights
     tally.nbytes += nbytes
-    tally.original_nbytes += weights * state.dtype.itemsize
-    dtype = getattr(module, "compute_dtype", None) or default_compute_dtype(parameter.device)
-    chosen = "" if getattr(module, "compute_dtype", None) else " (chosen by halfbyte)"
+    tally.original_nbytes += weights * itemsize
     tally.compute_dtypes.add(str(dtype).removeprefix("torch.") + chosen)
 
 
-def _count_skipped(
-    tally: _Tally,
-    name: str,
-    module: torch.nn.Module,
-    parameter: torch.nn.Parameter,
-    not_converted: set[str],
-    tied: dict[int, list[str]],
-) -> None:
+def _compute_dtype(module: torch.nn.Module, parameter: Any, activations: torch.dtype) -> tuple[torch.dtype, str]:
+    given = getattr(module, "compute_dtype", None)
+    if given is not None:
+        return given, ""
+    if activations in (torch.bfloat16, torch.float16):
+        return activations, " (the activations' own)"
+    return default_compute_dtype(parameter.device), " (chosen by halfbyte)"
+
+
+def _count_skipped(tally: _Tally, name: str, parameter: torch.nn.Parameter, reason: str) -> None:
     nbytes = parameter.numel() * parameter.element_size()
     tally.weights += parameter.numel()
     tally.nbytes += nbytes
     tally.original_nbytes += nbytes
     pattern = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-    reason = _why(name, module, parameter, not_converted, tied[id(parameter)])
     entry = tally.skipped.setdefault((pattern, reason), [0, 0, 0])
-    entry[0] += 1
-    entry[1] += parameter.numel()
-    entry[2] += nbytes
-
-
-def _why(
-    name: str, module: torch.nn.Module, parameter: torch.nn.Parameter, not_converted: set[str], names: list[str]
-) -> str:
-    owner, _, own = name.rpartition(".")
-    others = [other for other in names if other != name]
-    if others:
-        return f"tied to {', '.join(others)}: quantizing would change both"
-    if parameter.dim() < 2:
-        return "a vector (bias or norm): quantizing saves nothing"
-    if isinstance(module, torch.nn.Embedding):
-        return "an embedding table: looked up, not multiplied"
-    if any(owner == skip or owner.endswith(f".{skip}") or owner.startswith(f"{skip}.") for skip in not_converted):
-        return "kept by the configuration (llm_int8_skip_modules, or transformers' default for output heads)"
-    if parameter.dim() > 2:
-        return f"a {parameter.dim()}-D parameter ({own} of {type(module).__name__}): only linear layers are quantized"
-    if isinstance(module, torch.nn.Linear):
-        return "a linear layer that was not converted"
-    return f"a parameter of {type(module).__name__}, which is no linear layer"
+    for index, number in enumerate((1, parameter.numel(), nbytes)):
+        entry[index] += number
 
 
 def _count(number: int) -> str:

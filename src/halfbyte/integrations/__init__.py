@@ -1,0 +1,1 @@
+"""Where halfbyte meets other libraries: the bitsandbytes names, transformers, peft, accelerate."""

@@ -1,0 +1,67 @@
+"""What transformers, peft and others remember about bitsandbytes, and how they are told that it is there now."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from halfbyte.integrations.post_import import after_import
+
+__all__ = ["refresh", "watch"]
+
+CACHED = (
+    ("transformers.utils.import_utils", "is_bitsandbytes_available"),
+    ("peft.import_utils", "is_bnb_available"),
+    ("peft.import_utils", "is_bnb_4bit_available"),
+)
+"""Functions that cache their answer (module, name)."""
+
+IMPORTED = (
+    ("transformers.integrations.bitsandbytes", "bnb"),
+    ("peft.helpers", "bnb"),
+)
+"""Globals that hold bitsandbytes, or nothing where it was not there at their import (module, name)."""
+
+LIBRARIES = frozenset({"accelerate", "diffusers", "peft", "transformers", "trl"})
+"""Packages searched for modules that still hold another bitsandbytes."""
+
+
+def refresh() -> None:
+    """Make loaded libraries see bitsandbytes as it is now. Loads none of them."""
+    for module, name in CACHED:
+        clear = getattr(getattr(sys.modules.get(module), name, None), "cache_clear", None)
+        if clear is not None:
+            clear()
+    _renew_globals()
+    _renew_peft_layers()
+
+
+def watch() -> None:
+    """Add what halfbyte adds to transformers as soon as it is loaded."""
+    after_import("transformers.quantizers.auto", _register_quantizers)
+
+
+def _register_quantizers() -> None:
+    importlib.import_module("halfbyte.integrations.transformers")
+
+
+def _renew_globals() -> None:
+    for module, name in IMPORTED:
+        if module in sys.modules and getattr(sys.modules[module], name, None) is None:
+            setattr(sys.modules[module], name, importlib.import_module("bitsandbytes"))
+    for module in list(sys.modules.values()):
+        if str(getattr(module, "__name__", "")).partition(".")[0] not in LIBRARIES:
+            continue
+        for name in ("bnb", "bitsandbytes"):
+            held = vars(module).get(name)
+            if getattr(held, "__name__", "") == "bitsandbytes" and held is not sys.modules.get("bitsandbytes"):
+                setattr(module, name, importlib.import_module("bitsandbytes"))
+
+
+def _renew_peft_layers() -> None:
+    # These define their layers at import, and only where bitsandbytes was there then.
+    for name in sorted(sys.modules):
+        if name.startswith("peft.tuners.") and name.endswith(".bnb"):
+            module = sys.modules[name]
+            if not any("Linear4bit" in public for public in vars(module)):
+                importlib.reload(module)

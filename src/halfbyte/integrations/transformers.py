@@ -1,0 +1,135 @@
+"""What halfbyte adds to transformers' bitsandbytes quantizers: the receipt line, re-saving, a safe ``dequantize``.
+
+Importing this module puts its quantizers into transformers' table; ``libraries.watch`` does it at the right time.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+from halfbyte import _env
+from halfbyte.nn.compute_dtype import default_compute_dtype
+from halfbyte.nn.linear_4bit import Linear4bit
+from halfbyte.nn.receipt import WARN_BELOW, Receipt, count
+
+__all__ = ["Halfbyte4BitQuantizer", "Halfbyte8BitQuantizer", "loading_line"]
+
+logger = logging.getLogger("halfbyte")
+
+
+class Halfbyte4BitQuantizer(Bnb4BitHfQuantizer):
+    """transformers' own 4-bit quantizer, with what it gets wrong put right."""
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        _forget_load_operations(model, self.get_load_operations())
+        _tell(model)
+        return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """The model with plain linear layers of ``dtype`` (None: the dtype it was loaded in)."""
+        return super().dequantize(model, _dtype(model.config.dtype if dtype is None else dtype))
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+        if not layers:
+            logger.warning("dequantize: the model has no 4-bit layer and stays as it is")
+            return model
+        model = super()._dequantize(model, dtype)
+        for name, layer in layers.items():
+            if issubclass(getattr(layer, "source_cls", torch.nn.Linear), Conv1D):
+                # Saved and loaded again, the weight must have the orientation that the model's class expects.
+                model.set_submodule(name, _conv1d(model.get_submodule(name)))
+        model.is_loaded_in_4bit = False
+        return model
+
+
+class Halfbyte8BitQuantizer(Bnb8BitHfQuantizer):
+    """transformers' own 8-bit quantizer, with what it gets wrong put right."""
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        _forget_load_operations(model, self.get_load_operations())
+        _tell(model)
+        return model
+
+    def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        """The model with plain linear layers of ``dtype`` (None: the dtype it was loaded in)."""
+        return super().dequantize(model, _dtype(model.config.dtype if dtype is None else dtype))
+
+
+def loading_line(found: Receipt, computes_in_fp32: bool, device: torch.device) -> tuple[int, str]:
+    """Logging level and text for a model that was just loaded.
+
+    Args:
+        found: Its receipt.
+        computes_in_fp32: Whether the layers were told to compute in fp32, which is also what transformers fills in.
+        device: Where the layers are.
+    """
+    line = found.line()
+    fast = default_compute_dtype(device)
+    level = logging.INFO
+    if found.weights and found.share < WARN_BELOW:
+        level = logging.WARNING
+        largest = found.skipped[0]
+        line += f"; less than half is quantized, the largest part left alone is {largest.name} ({largest.reason})"
+    if computes_in_fp32 and fast != torch.float32:
+        level = logging.WARNING
+        line += (
+            f"; fp32 is slow on this {device.type} device, and is what transformers takes when nothing is given"
+            f"\nhint: BitsAndBytesConfig(..., bnb_4bit_compute_dtype={fast})"
+        )
+    return level, line
+
+
+def _tell(model: Any) -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
+        return
+    if _env.get("HALFBYTE_QUIET"):
+        return
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    in_fp32 = any(layer.compute_dtype == torch.float32 for layer in layers)
+    level, line = loading_line(count(model), in_fp32, layers[0].weight.device if layers else torch.device("cpu"))
+    if logger.hasHandlers():
+        logger.log(level, line)
+    else:
+        # Nobody set logging up: the line goes where transformers shows its progress bar.
+        print(f"halfbyte: {line}", file=sys.stderr)
+
+
+def _forget_load_operations(model: Any, operations: dict[str, type]) -> None:
+    # transformers would run them backwards when it saves, which they cannot; what the layers save is right as it is.
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions:
+        kinds = tuple(operations.values())
+        model._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(isinstance(operation, kinds) for operation in getattr(conversion, "operations", ()))
+        ]
+
+
+def _dtype(named: torch.dtype | str) -> torch.dtype:
+    # Saving a model leaves its config with the dtype's name.
+    return getattr(torch, named.removeprefix("torch.")) if isinstance(named, str) else named
+
+
+def _conv1d(linear: torch.nn.Linear) -> Conv1D:
+    with torch.device("meta"):
+        layer = Conv1D(linear.out_features, linear.in_features)
+    layer.weight = torch.nn.Parameter(linear.weight.data.t().contiguous())
+    layer.bias = linear.bias
+    return layer
+
+
+auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] = Halfbyte4BitQuantizer
+auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] = Halfbyte8BitQuantizer

@@ -1,0 +1,67 @@
+"""Why a weight was not quantized: the sentences of the receipt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+
+__all__ = ["Reasons"]
+
+
+class Reasons:
+    """Tells why weights of one model were left alone.
+
+    Args:
+        model: Any module; for one that transformers quantized, its quantizer's lists are used.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        quantizer = getattr(model, "hf_quantizer", None)
+        asked = getattr(getattr(quantizer, "quantization_config", None), "llm_int8_skip_modules", None)
+        self._asked: list[str] = list(asked or ())
+        self._kept: list[str] = list(getattr(quantizer, "modules_to_not_convert", None) or ())
+        self._names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names.setdefault(id(parameter), []).append(name)
+
+    def why(self, name: str, module: torch.nn.Module, parameter: torch.nn.Parameter) -> str:
+        """One sentence.
+
+        Args:
+            name: Full name of the parameter.
+            module: Its owner.
+            parameter: The weight.
+
+        >>> linear = torch.nn.Linear(4, 4)
+        >>> Reasons(linear).why("bias", linear, linear.bias)
+        'a vector (bias or norm): quantizing saves nothing'
+        """
+        owner, _, own = name.rpartition(".")
+        kind = type(module).__name__
+        others = [other for other in self._names.get(id(parameter), ()) if other != name]
+        if others:
+            return f"shared (tied) with {', '.join(others)}: quantizing would change both"
+        if parameter.dim() < 2:
+            return "a vector (bias or norm): quantizing saves nothing"
+        if isinstance(module, torch.nn.Embedding):
+            return "an embedding table: looked up, not multiplied"
+        if any(part.startswith(("lora_", "vera_", "randlora_")) for part in name.split(".")):
+            return "an adapter's weight, which is trained"
+        if _named(owner, self._asked):
+            return "named in llm_int8_skip_modules"
+        if _named(owner, self._kept):
+            return "kept by transformers: an output head, a tied weight or a module that stays in fp32"
+        if parameter.dim() > 2:
+            return f"a {parameter.dim()}-D parameter ({own} of {kind}): only linear layers are quantized"
+        if type(module) is torch.nn.Linear:
+            return "a linear layer that was not converted"
+        if isinstance(module, torch.nn.Linear):
+            return f"a {kind}: only plain torch.nn.Linear is converted"
+        return f"a parameter of {kind}, which is no linear layer"
+
+
+def _named(module: str, patterns: Iterable[str]) -> bool:
+    """Whether one of transformers' skip patterns (a prefix or regular expression, or an ending) names the module."""
+    return any(re.match(rf"(?:{key})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(key) for key in patterns)
