@@ -1,0 +1,43 @@
+"""Writes the generated pages under docs/: ``python tools/make_docs.py`` (with ``--check``: fails where one is stale)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from halfbyte import _env
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def environment() -> str:
+    """The table of environment variables."""
+    rows = [
+        f"| `{v.name}` | {v.kind.__name__} | {f'`{v.default}`' if v.default != '' else 'empty'} | {v.doc} |"
+        for v in sorted(_env.VARIABLES, key=lambda v: v.name)
+    ]
+    head = "# Environment variables\n\n| name | type | default | meaning |\n|--|--|--|--|\n"
+    return head + "\n".join(rows) + "\n"
+
+
+PAGES: dict[str, Callable[[], str]] = {"environment.md": environment}
+
+
+def main() -> int:
+    """Write, or check, every page."""
+    check = "--check" in sys.argv[1:]
+    stale = []
+    for name, make in PAGES.items():
+        path, text = DOCS / name, make()
+        if check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+            stale.append(name)
+        elif not check:
+            path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"stale: {', '.join(stale)}; run: python tools/make_docs.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
