@@ -24,6 +24,14 @@ TOLERANCES: dict[str, Tolerance] = {
         "a value times the fp32 reciprocal of absmax is off by 2 roundings (2^-23), an fp32 midpoint by 2^-25: a code "
         "may be one step from nearest where two levels are equally far to within twice that",
     ),
+    "nearest slack, huge": Tolerance(
+        1e-6, "the reciprocal of an absmax above 2^126 is subnormal and keeps 21 bits: off by 2^-22 itself"
+    ),
+    "nearest slack, nested": Tolerance(
+        1e-6, "absmax minus its mean is rounded to fp32 before it is scaled: one more 2^-24 of up to 8 times the scale"
+    ),
+    "nested scale": Tolerance(2**-21, "product, sum and product in fp32, each rounded, relative to scale2 + offset"),
+    "published NF4 table": Tolerance(6e-7, "its quantiles were computed in fp32, from fp32 probabilities"),
     "one rounding fp32": Tolerance(
         2**-23, "one fp32 product against float64, and the fp32 level against the exact one"
     ),
