@@ -22,6 +22,8 @@ _HOME = {
     "formats": "halfbyte.formats",
     "functional": "halfbyte.functional",
     "install_as_bitsandbytes": "halfbyte.integrations.bitsandbytes",
+    "MatmulLtState": "halfbyte.autograd",
+    "matmul": "halfbyte.autograd",
     "matmul_4bit": "halfbyte.autograd",
     "nn": "halfbyte.nn",
     "receipt": "halfbyte.nn.receipt",

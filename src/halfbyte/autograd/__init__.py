@@ -1,5 +1,6 @@
 """Products with quantized weights that pass gradients to their activations."""
 
 from halfbyte.autograd.matmul_4bit import MatMul4Bit, matmul_4bit
+from halfbyte.autograd.matmul_8bit import MatMul8bitLt, MatmulLtState, matmul
 
-__all__ = ["MatMul4Bit", "matmul_4bit"]
+__all__ = ["MatMul4Bit", "MatMul8bitLt", "MatmulLtState", "matmul", "matmul_4bit"]
