@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 
 from halfbyte import _env
+from halfbyte.backends import registry
 from halfbyte.demo import assets
 from tests.support import poison
 
@@ -70,3 +71,16 @@ def _one_at_a_time() -> FileLock:
     folder = _env.cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / "fetch.lock")
+
+
+@pytest.fixture
+def only_backend(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """``only_backend("reference")``: that backend computes every op until the test ends."""
+
+    def force(name: str) -> None:
+        monkeypatch.setenv("HALFBYTE_BACKEND", name)
+        registry._candidates.clear()
+
+    yield force
+    monkeypatch.undo()
+    registry._candidates.clear()

@@ -1,0 +1,107 @@
+"""Every defined op passes torch.library.opcheck: schema, fake, autograd registration, tracing with dynamic shapes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import halfbyte.functional as F
+from halfbyte.ops import defined_ops
+from tests.support.hard_inputs import DTYPES, weights
+
+ops = torch.ops.halfbyte
+N, K, BLOCK = 24, 64, 32
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def packed(nested: bool = False) -> tuple[torch.Tensor, list[Any]]:
+    """Codes of an (N, K) weight and the four scale arguments."""
+    codes, state = F.quantize_4bit(weights(N * K).view(N, K), None, None, BLOCK, nested, "nf4")
+    return codes, list(F.kernel_scales(state))
+
+
+def _dequantize(dtype: torch.dtype, nested: bool, **named: Any) -> Call:
+    B, (absmax, *extra) = packed(nested)
+    return (B, absmax, BLOCK, "nf4", [N, K], dtype, *extra), named
+
+
+def _gemm(dtype: torch.dtype, nested: bool) -> Call:
+    B, (absmax, *extra) = packed(nested)
+    x, bias = torch.randn(3, 2, K, dtype=dtype), torch.randn(N, dtype=dtype)
+    return (x, B, [N, K], absmax, BLOCK, "nf4", bias, *extra), {}
+
+
+def _dgrad(dtype: torch.dtype, nested: bool) -> Call:
+    B, (absmax, *extra) = packed(nested)
+    return (torch.randn(3, 2, N, dtype=dtype), B, [N, K], absmax, BLOCK, "nf4", *extra), {}
+
+
+def _gemv(dtype: torch.dtype, **named: Any) -> Call:
+    B, (absmax, *_) = packed()
+    return (torch.randn(1, K, dtype=dtype), B, [N, K], absmax, F.get_4bit_type("nf4", "cpu"), BLOCK), named
+
+
+def _codes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    code = F.create_dynamic_map()
+    codes, absmax = ops.quantize_blockwise(weights(5 * 70).view(5, 70), code, 64)
+    return codes, absmax, code
+
+
+def _dequantize_blockwise(dtype: torch.dtype, **named: Any) -> Call:
+    codes, absmax, code = _codes()
+    return (codes, absmax, code, 64, dtype), named
+
+
+def _quantize_blockwise(dtype: torch.dtype, **named: Any) -> Call:
+    return (weights(5 * 70, dtype).view(5, 70), F.create_dynamic_map(), 64), named
+
+
+CALLS: dict[str, Callable[[torch.dtype], list[Call]]] = {
+    "quantize_4bit": lambda d: [
+        ((weights(N * K, d).view(N, K), BLOCK, "nf4", torch.uint8), {}),
+        ((weights(65, d), BLOCK, "fp4", torch.uint8), {}),
+        ((weights(512, d), 4096, "nf4", torch.bfloat16), {}),
+        ((weights(0, d), BLOCK, "nf4", torch.uint8), {}),
+    ],
+    "dequantize_4bit": lambda d: [_dequantize(d, False), _dequantize(d, True)],
+    "dequantize_4bit.out": lambda d: [
+        _dequantize(d, False, out=torch.zeros(N, K, dtype=d)),
+        _dequantize(d, True, out=torch.zeros(N, K, dtype=d)),
+    ],
+    "gemm_4bit": lambda d: [_gemm(d, False), _gemm(d, True)],
+    "gemm_4bit_dgrad": lambda d: [_dgrad(d, False), _dgrad(d, True)],
+    "gemv_4bit": lambda d: [_gemv(d)],
+    "gemv_4bit.out": lambda d: [_gemv(d, out=torch.zeros(1, N, dtype=d))],
+    "quantize_blockwise": lambda d: [_quantize_blockwise(d)],
+    "quantize_blockwise.out": lambda d: [
+        _quantize_blockwise(d, out=torch.zeros(5, 70, dtype=torch.uint8), absmax=torch.zeros(6))
+    ],
+    "dequantize_blockwise": lambda d: [_dequantize_blockwise(d)],
+    "dequantize_blockwise.out": lambda d: [_dequantize_blockwise(d, out=torch.zeros(5, 70, dtype=d))],
+}
+
+
+def test_every_four_bit_and_blockwise_op_is_checked_here() -> None:
+    here = ("_4bit", "_blockwise")
+    assert {name for name in defined_ops() if any(part in name for part in here)} == set(CALLS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str, dtype: torch.dtype) -> None:
+    op, _, overload = name.partition(".")
+    for args, kwargs in CALLS[name](dtype):
+        torch.library.opcheck(getattr(getattr(ops, op), overload or "default"), args, kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CALLS)
+def test_results_never_alias_their_inputs(name: str, dtype: torch.dtype) -> None:
+    op, _, overload = name.partition(".")
+    for args, kwargs in CALLS[name](dtype):
+        results = getattr(getattr(ops, op), overload or "default")(*args, **kwargs)
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor) and t.numel()}
+        for result in results if isinstance(results, tuple) else (results,):
+            assert result is None or result.numel() == 0 or result.untyped_storage().data_ptr() not in given
