@@ -77,8 +77,8 @@ def test_where_all_decline_the_error_lists_the_reasons(
         UnsupportedError, match=r"no backend computes quantize_4bit on cpu .*picky: too small"
     ) as caught:
         ops.quantize_4bit(*CALL)
-    assert "reference: HALFBYTE_BACKEND=picky asks for another" in str(found.value)
-    assert isinstance(found.value, NotImplementedError)
+    assert "reference: HALFBYTE_BACKEND=picky asks for another" in str(caught.value)
+    assert isinstance(caught.value, NotImplementedError)
 
 
 def test_an_unknown_forced_backend_is_an_error(only_backend: Callable[[str], None]) -> None:
