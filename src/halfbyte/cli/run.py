@@ -7,6 +7,7 @@ import io
 import runpy
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, TracebackType
 
@@ -57,13 +58,15 @@ def _run_module(name: str) -> None:
 def _run_path(path: Path) -> None:
     if path.is_dir() or path.suffix in {".zip", ".pyz"}:
         _drop_path()
-        runpy.run_path(str(path), run_name="__main__")
+        runpy.run_path(str(path.absolute()), run_name="__main__")
         return
     _set_path(str(path.resolve().parent))
+    name = str(path.absolute())
     main_module = ModuleType("__main__")
-    vars(main_module).update(__file__=str(path), __builtins__=builtins, __cached__=None)
-    with io.open_code(str(path.absolute())) as file:
-        code = compile(file.read(), str(path), "exec")
+    loader = SourceFileLoader("__main__", name)
+    vars(main_module).update(__file__=name, __builtins__=builtins, __cached__=None, __loader__=loader)
+    with io.open_code(name) as file:
+        code = compile(file.read(), name, "exec")
     sys.modules["__main__"] = main_module
     exec(code, vars(main_module))
 
@@ -88,7 +91,11 @@ def _reported(action: Callable[[], None]) -> int:
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:
-        sys.excepthook(type(error), error, _own(error.__traceback__))
+        error.__traceback__ = _own(error.__traceback__)
+        if isinstance(error, ImportError) and error.__traceback__ is None:
+            print(f"halfbyte run: {error}", file=sys.stderr)
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
 

@@ -27,11 +27,6 @@ def install_as_bitsandbytes(replace: bool = False) -> None:
 
     Raises:
         EnvironmentConflictError: The real bitsandbytes can be imported, and ``replace`` is False.
-
-    >>> install_as_bitsandbytes(replace=True)
-    >>> import bitsandbytes, halfbyte.nn
-    >>> bitsandbytes.nn.Linear4bit is halfbyte.nn.Linear4bit
-    True
     """
     there = find_installed()
     if there is None or not there.whole:

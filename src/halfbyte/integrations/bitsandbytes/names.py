@@ -67,7 +67,13 @@ def is_there(module: str) -> bool:
     (True, False)
     """
     homes = MODULES.get(module)
-    return homes is not None and all(importlib.util.find_spec(home) is not None for home in homes)
+    return homes is not None and all(_exists(home) for home in homes)
+
+
+def _exists(home: str) -> bool:
+    spec = importlib.util.find_spec(home)
+    # A folder without a module in it has no origin.
+    return spec is not None and spec.origin is not None
 
 
 def lookup(module: str, name: str) -> Any:
