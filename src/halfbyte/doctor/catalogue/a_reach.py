@@ -52,8 +52,9 @@ CLASSES = (
         texts=(
             r"Torch not compiled with CUDA enabled",
             r"No CUDA, ROCm, or XPU detected; CPU library loaded",
-            r"torch\.__version__[^\n]{0,12}\+cpu",
+            r"torch\.__version__[^\n]{0,12}\n?[^\n]{0,12}\+cpu",
         ),
+        follows=("A2", "A4", "A5", "A6", "A13"),
         sources=links("bnb#1254 bnb#287 textgen#1969"),
     ),
     FailureClass(

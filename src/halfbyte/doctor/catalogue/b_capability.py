@@ -136,6 +136,7 @@ CLASSES = (
             r"named symbol not found at line \d+ in file",
             r"named symbol not found",
         ),
+        follows=("F3",),
         here="Cannot happen: halfbyte ships no binary.",
         sources=links("bnb#791 bnb#1930 bnb#1939 bnb#571"),
     ),

@@ -17,6 +17,7 @@ _NO_BINARY = "Cannot happen: halfbyte ships no binary."
 
 _LIBRARIES = r"(?:cusparse(?:Lt)?|nvJitLink|cudart|cublas(?:Lt)?|cusolver|cudnn\w*|cufft|curand|nvrtc[\w-]*|nccl|cupti)"
 
+_FILE = r"(?:[^\n]*?libbitsandbytes_cuda(?P<cuda>\d{3}))?"
 _NATIVE = (
     r"c(?:ada|get_|gemm|igemm|int8|lamb|lars|lion|momentum|rms|percentile|prefetch|fill|transform|dequantize|quantize)"
     r"\w*"
@@ -73,9 +74,9 @@ CLASSES = (
             _INSTEAD,
         ),
         texts=(
-            r"(?:Configured|No compatible) CUDA binary not found at(?:[^\n]*?libbitsandbytes_cuda(?P<cuda>\d{3}))?",
-            r"Required library version not found(?:[^\n]*?libbitsandbytes_cuda(?P<cuda>\d{3}))?",
-            r"Could not find the bitsandbytes CUDA binary at(?:[^\n]*?libbitsandbytes_cuda(?P<cuda>\d{3}))?",
+            rf"(?:Configured CUDA binary not|No compatible CUDA binary) found at{_FILE}",
+            rf"Required library version not found{_FILE}",
+            rf"Could not find the bitsandbytes CUDA binary at{_FILE}",
             r"CUDA VERSION MISMATCH",
         ),
         here=_NO_BINARY,

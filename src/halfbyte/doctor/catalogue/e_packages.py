@@ -167,5 +167,20 @@ CLASSES = (
         ),
         sources=links("bnb#1450 llamafactory#6548"),
     ),
+    FailureClass(
+        "E11",
+        "The GPU's memory is full",
+        "Weights, activations, optimizer state and what other programs hold do not fit together.",
+        (
+            Remedy("see what other programs hold", "nvidia-smi"),
+            Remedy("load in 4 bits", "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)"),
+            Remedy("training: recompute activations, take smaller batches", "model.gradient_checkpointing_enable()"),
+            Remedy(
+                "if much is reserved but free", "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True", safe=True
+            ),
+        ),
+        texts=(r"CUDA out of memory", r"torch\.(?:cuda\.)?OutOfMemoryError", r"CUDA error: out of memory"),
+        sources=links("https://pytorch.org/docs/stable/notes/cuda.html"),
+    ),
 )
 """In order of their ids."""

@@ -68,7 +68,6 @@ CLASSES = (
             r"named symbol not found[\s\S]{0,4000}?(?:-tegra\b|nv_tegra_release)",
             r"nv_tegra_release[\s\S]{0,4000}?named symbol not found",
         ),
-        follows=("B6",),
         sources=links("bnb#1930 bnb#1218 bnb#1941"),
     ),
     FailureClass(
