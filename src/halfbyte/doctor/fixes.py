@@ -51,7 +51,7 @@ def detect_tool(environ: Mapping[str, str], prefix: str | Path, folder: str | Pa
         return "notebook"
     if environ.get("POETRY_ACTIVE") or "pypoetry" in prefix.parts:
         return "poetry"
-    if any((prefix / "conda-meta").glob(f"{name}-[0-9]*.json") for name in ("pytorch", "libtorch", "pytorch-gpu")):
+    if _conda_torch(prefix):
         return "conda"
     if environ.get("UV") or re.search(r"(?m)^uv *=", _read(prefix / "pyvenv.cfg")):
         roots = [prefix.parent] if folder is None else [prefix.parent, Path(folder)]
@@ -66,6 +66,11 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+def _conda_torch(prefix: Path) -> bool:
+    records = (name.name for name in (prefix / "conda-meta").glob("*.json"))
+    return any(re.match(r"(?:pytorch|libtorch|pytorch-gpu)-\d", record) for record in records)
 
 
 def _externally_managed(prefix: Path) -> bool:
