@@ -1,4 +1,4 @@
-"""The words of a report: status, layer, level, fix, measurement, result. Plain data; nothing here looks at a machine."""
+"""The words of a report: status, layer, level, fix, measurement, result. Plain data that looks at no machine."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Layer(str, Enum):
     MEM = "MEM"
 
     @property
-    def title(self) -> str:
-        """Heading of its section."""
-        return _TITLES[self]
+    def heading(self) -> str:
+        """What its section of the report is called."""
+        return _HEADINGS[self]
 
 
-_TITLES = {
+_HEADINGS = {
     Layer.PY: "Python and packages",
     Layer.GPU: "GPU and driver",
     Layer.ENV: "Environment variables and libraries",
@@ -131,6 +131,7 @@ class Result:
         fixes: Ways out, best first.
         measurements: Numbers, each against its limit.
         classes: Failure classes ("A2") this finding belongs to; empty for a pass.
+        blocking: A warning after which what requires this check is not reached.
     """
 
     status: Status
@@ -139,6 +140,7 @@ class Result:
     fixes: tuple[Fix, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     classes: tuple[str, ...] = ()
+    blocking: bool = False
 
     @classmethod
     def passed(cls, summary: str, *evidence: str, measurements: tuple[Measurement, ...] = ()) -> Result:
@@ -151,9 +153,16 @@ class Result:
         return cls(Status.SKIP, summary)
 
     @classmethod
-    def warned(cls, summary: str, *evidence: str, fixes: tuple[Fix, ...] = (), classes: tuple[str, ...] = ()) -> Result:
+    def warned(
+        cls,
+        summary: str,
+        *evidence: str,
+        fixes: tuple[Fix, ...] = (),
+        classes: tuple[str, ...] = (),
+        blocking: bool = False,
+    ) -> Result:
         """Works, with a limit."""
-        return cls(Status.WARN, summary, evidence, fixes, classes=classes)
+        return cls(Status.WARN, summary, evidence, fixes, classes=classes, blocking=blocking)
 
     @classmethod
     def failed(cls, summary: str, *evidence: str, fixes: tuple[Fix, ...] = (), classes: tuple[str, ...] = ()) -> Result:

@@ -1,0 +1,160 @@
+"""Proof: what was computed on every device, against float64. One check a step; a wrong number is a failure."""
+
+from __future__ import annotations
+
+from halfbyte.doctor.checks.remedies import blame, without
+from halfbyte.doctor.facts.proofs import DeviceProof, Proofs, StepProof
+from halfbyte.doctor.model import Fix, Measurement, Result, Status
+from halfbyte.doctor.registry import check
+
+__all__ = ["judge"]
+
+_DIAGNOSES = (
+    ("no kernel image", "B1"),
+    ("CUDA unknown error", "A4"),
+    ("named symbol not found", "B6"),
+    ("unsupported toolchain", "B7"),
+    ("cublasLt", "B8"),
+    ("out of memory", "E7"),
+    ("re-initialize CUDA in forked", "A12"),
+    ("0 active drivers", "D6"),
+    ("Failed to find C compiler", "D1"),
+    ("Python.h", "D2"),
+    ("ptxas", "D3"),
+    (".bf16", "B4"),
+)
+
+
+def judge(proofs: Proofs, name: str) -> Result:
+    """What one step says over all devices."""
+    found = [(proof, proof.steps[name]) for proof in proofs.devices if name in proof.steps]
+    tried = [(proof, step) for proof, step in found if step.state not in {"skip", "blocked"}]
+    if not tried:
+        reasons = dict.fromkeys(step.text for _, step in found if step.text)
+        blocked = any(step.state == "blocked" for _, step in found)
+        return Result(Status.BLOCKED if blocked else Status.SKIP, "; ".join(reasons) or "nothing was computed")
+    failed = [(proof, step) for proof, step in tried if not step.ok]
+    aside = [f"{proof.label}: not reached, {step.text}" for proof, step in found if step.state == "blocked"]
+    if failed:
+        return _failed(failed, aside)
+    numbers = tuple(each for proof, step in tried for each in _named(proof, step))
+    notes = tuple(f"{proof.label}: {note}" for proof, step in tried for note in step.notes)
+    return Result.passed(
+        f"verified on {', '.join(proof.label for proof, _ in tried)}", *notes, *aside, measurements=numbers
+    )
+
+
+def _named(proof: DeviceProof, step: StepProof) -> list[Measurement]:
+    return [
+        Measurement(proof.label, each.name, each.value, each.limit, each.unit, each.at_least)
+        for each in step.measurements
+    ]
+
+
+def _failed(failed: list[tuple[DeviceProof, StepProof]], aside: list[str]) -> Result:
+    lines: list[str] = []
+    numbers: list[Measurement] = []
+    wrong: list[str] = []
+    for proof, step in failed:
+        bad = [each for each in _named(proof, step) if not each.ok]
+        numbers += bad
+        if bad:
+            wrong.append(proof.label)
+        lines.append(
+            f"{proof.label}: {step.text or f'{len(bad)} of {len(step.measurements)} numbers beyond their limit'}"
+        )
+    culprit = next((step.culprit for _, step in failed if step.culprit), None)
+    if culprit is not None:
+        lines.append(blame(culprit))
+    text = " ".join(step.text for _, step in failed)
+    classes = ("B9",) if wrong else tuple(dict.fromkeys(name for part, name in _DIAGNOSES if part in text))[:1]
+    where = ", ".join(proof.label for proof, _ in failed)
+    summary = f"wrong numbers on {where}" if wrong else f"does not run on {where}"
+    if any(step.state == "crash" for _, step in failed):
+        summary = f"the process died on {where}"
+    fixes = [without(culprit)] if culprit else []
+    fixes.append(
+        Fix("compute with plain torch until this is solved", "export HALFBYTE_BACKEND=reference", safe=True)
+        if wrong
+        else Fix(
+            "see what is behind this", f"halfbyte explain {classes[0]}" if classes else "halfbyte doctor -v --only NUM"
+        )
+    )
+    return Result(Status.FAIL, summary, (*lines, *aside), tuple(fixes), tuple(numbers), classes)
+
+
+@check("NUM101", requires=("TORCH105",), classes=("A4", "A8", "E7"))
+def memory_works(proofs: Proofs) -> Result:
+    """Memory on every device keeps what is written.
+
+    What it means: a pattern was copied there and came back the same.
+    Why it matters: it is the first thing that needs a working context; an ill driver or a full GPU shows here.
+    How to fix: look at the first failing check above; free the GPU of other processes.
+    """
+    return judge(proofs, "allocate")
+
+
+@check("NUM102", requires=("TORCH105",), classes=("B1", "B2"))
+def torch_computes(proofs: Proofs) -> Result:
+    """torch multiplies matrices rightly on every device, in fp32, fp16 and bf16.
+
+    What it means: the products agree with float64 within what the dtype can hold.
+    Why it matters: a build without code for the GPU fails here, although `is_available()` says True.
+    How to fix: install the torch build that has code for this GPU; see TORCH103.
+    """
+    return judge(proofs, "torch_op")
+
+
+@check("NUM103", requires=("TORCH109",), classes=("B9",))
+def nf4_round_trip(proofs: Proofs) -> Result:
+    """NF4 quantizes and dequantizes rightly on every device.
+
+    What it means: each code is the nearest level, absmax is exact, each decoded value has one rounding.
+    Why it matters: a wrong kernel gives a model that talks nonsense, or a slightly worse one, without any error.
+    How to fix: compute with HALFBYTE_BACKEND=reference and report the numbers.
+    """
+    return judge(proofs, "nf4")
+
+
+@check("NUM104", requires=("TORCH109",), classes=("B9",))
+def fp4_round_trip(proofs: Proofs) -> Result:
+    """FP4 quantizes and dequantizes rightly on every device.
+
+    What it means: as NUM103, for FP4.
+    Why it matters: as NUM103.
+    How to fix: as NUM103.
+    """
+    return judge(proofs, "fp4")
+
+
+@check("NUM105", requires=("TORCH109",), classes=("B4", "B8", "B9"))
+def matmul(proofs: Proofs) -> Result:
+    """4-bit matrix products and their gradients are right on every device.
+
+    What it means: 1, 5 and 33 rows times an NF4 weight agree with float64, in fp32, fp16 and bf16.
+    Why it matters: this is what a quantized model spends its time on.
+    How to fix: as NUM103.
+    """
+    return judge(proofs, "matmul_4bit")
+
+
+@check("NUM106", requires=("TORCH109",), classes=("B9",))
+def blockwise(proofs: Proofs) -> Result:
+    """8-bit blockwise quantization is right on every device.
+
+    What it means: each code is the nearest of 256 values, absmax is exact, each decoded value has one rounding.
+    Why it matters: 8-bit optimizer states and nested absmax go through it.
+    How to fix: as NUM103.
+    """
+    return judge(proofs, "blockwise_8bit")
+
+
+@check("NUM107", requires=("TORCH109",), classes=("B9", "C4"))
+def optimizer_step(proofs: Proofs) -> Result:
+    """An 8-bit optimizer step changes the parameter by the amount it should.
+
+    What it means: three AdamW steps on a tensor large enough for 8-bit states agree with the rule in float64.
+    Why it matters: a step that merely changes something proves nothing.
+    How to fix: as NUM103.
+    """
+    return judge(proofs, "optimizer_8bit")
