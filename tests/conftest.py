@@ -14,7 +14,7 @@ from filelock import FileLock
 from halfbyte import _env
 from halfbyte.backends import registry
 from halfbyte.demo import assets
-from tests.support import poison
+from tests.support.poison import poisoned
 
 collect_ignore = ["golden/make.py", "golden/read_with_peer.py"]  # these import bitsandbytes
 
@@ -33,11 +33,10 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def poisoned_memory() -> Iterator[None]:
-    """Memory that halfbyte allocates and does not write shows as NaN or 0xA5."""
-    with pytest.MonkeyPatch.context() as patch:
-        poison.install(patch)
+    """Memory that is allocated and not written shows as NaN or the largest integer."""
+    with poisoned():
         yield
 
 

@@ -36,12 +36,15 @@ class MatMul4Bit(torch.autograd.Function):
         (B,) = ctx.saved_tensors
         grad_A = grad_bias = None
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=ctx.bias_dtype)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
             state: QuantState = ctx.quant_state
             shape, blocksize, kind, _ = format_of(state)
             scales = kernel_scales(state)
-            grad_A = _ops.gemm_4bit_dgrad(grad, B, shape, scales[0], blocksize, kind, *scales[1:])
+            if torch.is_grad_enabled() and grad.requires_grad:  # a second derivative is wanted: ops have none
+                grad_A = torch.matmul(grad, dequantize_4bit(B, state).to(grad.dtype))
+            else:
+                grad_A = _ops.gemm_4bit_dgrad(grad, B, shape, scales[0], blocksize, kind, *scales[1:])
         return grad_A, None, None, grad_bias, None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from halfbyte.errors import ArgumentError
 from halfbyte.formats import blocks
 from halfbyte.functional import quantize_4bit
+from halfbyte.ops.arguments import check_packed
 from halfbyte.quant_state import QuantState
 
 __all__ = ["Params4bit"]
@@ -96,9 +97,12 @@ class Params4bit(torch.nn.Parameter):
         """A parameter from packed codes and their serialized state (keys bare or with a dotted prefix).
 
         Raises:
-            CheckpointError: The state is damaged, or does not fit ``data``.
+            CheckpointError: The state is damaged.
+            ArgumentError: It belongs to other codes than ``data``.
         """
         state = QuantState.from_dict(quantized_stats, device)
+        if state.shape is not None:
+            check_packed(data, state.shape.numel())
         return cls._from_state(data.to(device), state, requires_grad, module, **kwargs)
 
     @classmethod
@@ -125,8 +129,14 @@ class Params4bit(torch.nn.Parameter):
         """Quantize in place on ``device``. Returns itself.
 
         Raises:
-            ArgumentError: A weight that is no float, or holds NaN or inf. The parameter stays as it was.
+            ArgumentError: A weight that is no float, holds NaN or inf, or wants gradients. It stays as it was.
         """
+        if self.requires_grad and not self.quant_storage.is_floating_point:
+            raise ArgumentError(
+                "a weight with requires_grad=True cannot become codes",
+                expected="requires_grad=False: 4-bit weights are frozen",
+                hint="call requires_grad_(False) on it before it is moved, and train adapters beside it",
+            )
         weight = self.data.contiguous().to(device)
         packed, state = quantize_4bit(
             weight,
