@@ -95,9 +95,9 @@ class MatMul8bitLt(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_A = _ops.int8_linear_dgrad(grad, CB, SCB)
         if ctx.needs_input_grad[1]:
-            grad_B = torch.matmul(grad.flatten(0, -2).t(), A.flatten(0, -2)).to(ctx.weight_dtype)
+            grad_B = torch.matmul(grad.reshape(-1, grad.shape[-1]).t(), A.reshape(-1, A.shape[-1])).to(ctx.weight_dtype)
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.sum(tuple(range(grad.dim() - 1)), dtype=ctx.bias_dtype)
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         return grad_A, grad_B, None, grad_bias, None
 
 
