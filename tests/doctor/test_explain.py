@@ -129,8 +129,8 @@ def test_the_number_of_a_driver_message_is_read_and_answered():
         ),
         (
             "GB10 with CUDA capability sm_121 is not compatible with the current PyTorch installation",
-            "torch==2.15.*",
-            "cu132",
+            "torch==2.14.*",
+            "cu130",
         ),
     ],
 )

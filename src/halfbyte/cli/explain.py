@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -153,4 +154,7 @@ def _decoded(data: bytes) -> str:
 def _print(as_json: bool, data: dict[str, Any], lines: Sequence[str]) -> None:
     text = json.dumps({"schema": pages.SCHEMA, **data}, indent=2) if as_json else "\n".join(lines)
     encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, errors="replace").decode(encoding))
+    try:
+        print(text.encode(encoding, errors="replace").decode(encoding), flush=True)
+    except BrokenPipeError:  # the reader (head, less) has seen enough; what is still buffered goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,7 @@ from halfbyte.doctor.catalogue import FailureClass, Reading, Remedy
 
 __all__ = ["LIMIT", "Match", "explain", "is_code"]
 
-LIMIT = 2_000_000
+LIMIT = 600_000
 """Characters of a text that are looked at; of a longer one its two ends, where errors start and end."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -45,7 +45,7 @@ def is_code(text: str) -> bool:
     >>> is_code("A2"), is_code("GPU101"), is_code("error: A2 failed")
     (True, True, False)
     """
-    return bool(re.fullmatch(r"[A-Ga-g]\d{1,2}|[A-Za-z]{2,8}\d{1,4}", text.strip()))
+    return bool(re.fullmatch(r"[A-Za-z]{1,8}\d{1,4}", text.strip()))
 
 
 def explain(text: str) -> tuple[Match, ...]:

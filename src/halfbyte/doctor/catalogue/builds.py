@@ -1,4 +1,7 @@
-"""Remedies that name a torch build: which one, is looked up in the table of versions."""
+"""Remedies that name a torch build: which one, is looked up in the table of versions.
+
+The build is one for the oldest Python that halfbyte supports, so that the command works for every reader.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from halfbyte.doctor import versions
 from halfbyte.doctor.catalogue.entry import Remedy
 
 __all__ = ["torch_for_capability", "torch_for_cuda", "torch_for_driver"]
+
+_PYTHON = (3, 10)
 
 
 def _remedy(title: str, wheel: versions.Wheel | None) -> tuple[Remedy, ...]:
@@ -20,7 +25,7 @@ def torch_for_driver(driver: str, when: str) -> tuple[Remedy, ...]:
     >>> torch_for_driver("525", "driver 525 to 579")[0].install
     'torch==2.14.*'
     """
-    wheel = versions.newest_torch_for(driver=driver)
+    wheel = versions.newest_torch_for(driver=driver, python=_PYTHON)
     return _remedy(f"{when}: install torch for CUDA {wheel.cuda}" if wheel else "", wheel)
 
 
@@ -31,7 +36,7 @@ def torch_for_cuda(cuda: str) -> tuple[Remedy, ...]:
     'https://download.pytorch.org/whl/cu126'
     """
     driver = versions.driver_needed(cuda)
-    wheel = versions.newest_torch_for(driver=driver) if driver else None
+    wheel = versions.newest_torch_for(driver=driver, python=_PYTHON) if driver else None
     return _remedy(f"keep the driver, install the last torch for CUDA {wheel.cuda}" if wheel else "", wheel)
 
 
@@ -41,6 +46,6 @@ def torch_for_capability(capability: tuple[int, int]) -> tuple[Remedy, ...]:
     >>> torch_for_capability((6, 0))[0].install, torch_for_capability((3, 7))
     ('torch==2.14.*', ())
     """
-    wheel = versions.newest_torch_for(capability=capability)
+    wheel = versions.newest_torch_for(capability=capability, python=_PYTHON)
     major, minor = capability
     return _remedy(f"install a torch build with code for sm_{major}{minor}", wheel)

@@ -17,7 +17,7 @@ _NO_BINARY = "Cannot happen: halfbyte ships no binary."
 
 _LIBRARIES = r"(?:cusparse(?:Lt)?|nvJitLink|cudart|cublas(?:Lt)?|cusolver|cudnn\w*|cufft|curand|nvrtc[\w-]*|nccl|cupti)"
 
-_FILE = r"(?:[^\n]*?libbitsandbytes_cuda(?P<cuda>\d{3}))?"
+_FILE = r"(?:[^\n]{0,400}?libbitsandbytes_cuda(?P<cuda>\d{3}))?"
 _NATIVE = (
     r"c(?:ada|get_|gemm|igemm|int8|lamb|lars|lion|momentum|rms|percentile|prefetch|fill|transform|dequantize|quantize)"
     r"\w*"

@@ -128,7 +128,7 @@ CLASSES = (
         "This system has no /sbin/ldconfig",
         "Triton calls it by that fixed path; NixOS and distroless images do not have it.",
         (_LIBCUDA_PATH,),
-        texts=(r"FileNotFoundError[^\n]*/sbin/ldconfig", r"No such file or directory: '(?:/sbin/)?ldconfig"),
+        texts=(r"FileNotFoundError[^\n]{0,400}/sbin/ldconfig", r"No such file or directory: '(?:/sbin/)?ldconfig"),
         sources=links("kernels#670 mamba#363"),
     ),
     FailureClass(
@@ -149,9 +149,9 @@ CLASSES = (
         "someone else.",
         (_CACHE,),
         texts=(
-            r"(?:PermissionError|FileNotFoundError|OSError)[^\n]*'[^'\n]*(?:\.triton|[\\/]triton|torchinductor)[^'\n]*'",
+            r"(?:PermissionError|FileNotFoundError|OSError)[^\n]{0,400}'[^'\n]*(?:\.triton|[\\/]triton|torchinductor)[^'\n]*'",
             r"Permission denied:? '?[^'\n]*[\\/]\.?triton\b",
-            r"(?:PermissionError|Permission denied)[^\n]*[\\/]triton[\\/][^\n]*\.lock",
+            r"(?:PermissionError|Permission denied)[^\n]{0,400}[\\/]triton[\\/][^\n]{0,400}\.lock",
             r"/tmp/triton/\S*\.lock",
             r"Read-only file system: '[^'\n]*(?:\.triton|[\\/]triton|torchinductor)",
         ),

@@ -35,7 +35,7 @@ CLASSES = (
         ),
         texts=(
             r"Using '?bitsandbytes'? (?:8-bit|4-bit|8-bit/4-bit|4-bit/8-bit) quantization requires",
-            r"requires (?:Accelerate: [^\n]*and )?the latest version of bitsandbytes",
+            r"requires (?:Accelerate: [^\n]{0,400}and )?the latest version of bitsandbytes",
         ),
         kind="symptom",
         follows=(
