@@ -15,7 +15,7 @@ _BOOST = 2.0**100
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes ``round(x * (127 / absmax))``, halves to even, and the fp32 absmax of every row.
+    """int8 codes ``round(x * (127 * (1 / absmax)))``, each step in fp32, halves to even; and fp32 absmax of every row.
 
     A zero row has absmax 0 and codes 0. A row with inf has absmax inf and codes 0, one with NaN absmax NaN and codes 0,
     so that its products are NaN and those of other rows are not.
@@ -26,9 +26,9 @@ def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     if values.shape[1] == 0:
         return values.to(torch.int8), values.new_zeros(values.shape[0])
     absmax = values.abs().amax(dim=1)
-    # 127 / absmax overflows below 4e-37: such rows are scaled up first, which is exact.
+    # The factor overflows below 4e-37: such rows are scaled up first, which is exact.
     boost = torch.where(absmax < _TINY, _BOOST, 1.0)
-    scale = torch.where(absmax == 0, 0.0, int8.CODE_MAX / (absmax * boost))
+    scale = torch.where(absmax == 0, 0.0, (absmax * boost).reciprocal() * int8.CODE_MAX)
     scaled = (values * boost[:, None]).mul_(scale[:, None]).round_()
     return scaled.nan_to_num_(nan=0.0).to(torch.int8), absmax
 
