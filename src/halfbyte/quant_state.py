@@ -209,6 +209,12 @@ class QuantState:
         dtype = _dtype(items.get("dtype"), "dtype")
         blocksize = _positive(items, "blocksize")
         if "nested_absmax" not in items:
+            if not absmax.is_floating_point():
+                raise CheckpointError(
+                    f"absmax is {absmax.dtype} and there is no nested_absmax",
+                    expected="float32, or both levels of a double quantization",
+                    hint="the checkpoint is truncated: download or save it again",
+                )
             return _checked(cls(absmax.float(), _size(shape), code.float(), blocksize, items["quant_type"], dtype))
         offset = items.get("nested_offset", 0.0)
         if isinstance(offset, bool) or not isinstance(offset, (int, float, Tensor)):
@@ -304,6 +310,9 @@ def _checked(state: QuantState) -> QuantState:
     if state.code is None or state.blocksize is None or state.shape is None:
         return state
     assert state.quant_type is not None
+    if state.blocksize not in blocks.BLOCKSIZES_4BIT:
+        known = ", ".join(map(str, blocks.BLOCKSIZES_4BIT))
+        raise CheckpointError(f"blocksize is {state.blocksize}", expected=f"one of {known}")
     levels = 1 << codebook(state.quant_type).bits
     if state.code.numel() != levels:
         raise CheckpointError(f"quant_map has {state.code.numel()} values", expected=f"{levels}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +13,10 @@ from halfbyte.autograd import matmul_4bit
 from halfbyte.errors import CheckpointError, HalfbyteError, QuantStateMissingError
 from halfbyte.nn.compute_dtype import default_compute_dtype
 from halfbyte.nn.params import Params4bit
-from halfbyte.ops.arguments import check_packed
+from halfbyte.ops.arguments import check_packed, check_storage_dtype
 from halfbyte.quant_state import QuantState
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "fix_4bit_weight_quant_state_from_module"]
-
-logger = logging.getLogger("halfbyte")
 
 
 class Linear4bit(torch.nn.Linear):
@@ -124,10 +122,12 @@ class Linear4bit(torch.nn.Linear):
         stats_prefix = f"{prefix}weight."
         stats = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(stats_prefix)}
         weight = state_dict.get(f"{prefix}weight")
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
         try:
-            loaded = None if weight is None else self._loadable(weight, stats)
             if stats and weight is None:
                 raise CheckpointError(f"{stats_prefix}* without {prefix}weight", expected="both")
+            loaded = None if weight is None else self._loadable(weight, stats, assign)
+            self._check_bias(state_dict.get(f"{prefix}bias"))
         except HalfbyteError as error:
             error_msgs.append(f"{prefix}weight: {error}")
             # The bias must not change either.
@@ -141,33 +141,44 @@ class Linear4bit(torch.nn.Linear):
         missing_keys += [key for key in shown if loaded is None or key != f"{prefix}weight"]
         if loaded is not None:
             self.weight = loaded
+            loaded.module = self
             self.quant_state = loaded.quant_state
 
-    def _loadable(self, weight: Tensor, stats: dict[str, Any]) -> Params4bit | None:
+    def _loadable(self, weight: Tensor, stats: dict[str, Any], assign: bool) -> Params4bit | None:
         """The parameter that a state dict's weight becomes; None where torch can copy it as it is."""
-        device = self.weight.device if self.weight.device.type != "meta" else weight.device
+        shape = (self.out_features, self.in_features)
+        device = weight.device if assign or self.weight.device.type == "meta" else self.weight.device
         if stats:
             state = QuantState.from_dict(stats, device)
-            if state.shape != torch.Size((self.out_features, self.in_features)):
-                raise CheckpointError(
-                    f"a 4-bit weight of shape {tuple(state.shape or ())}",
-                    expected=f"({self.out_features}, {self.in_features})",
-                )
+            if state.shape != torch.Size(shape):
+                raise CheckpointError(f"a 4-bit weight of shape {tuple(state.shape or ())}", expected=f"{shape}")
+            check_storage_dtype(weight.dtype)
             check_packed(weight, self.out_features * self.in_features)
-            # Copied: the layer must not change with the caller's dictionary.
-            state = state.copy_to(device)
-            data = weight.detach().to(device, copy=True)
-            return Params4bit._from_state(data, state, False, self)  # pyright: ignore[reportPrivateUsage]
-        if not self.weight.bnb_quantized:
-            return None
-        if weight.shape == (self.out_features, self.in_features) and weight.is_floating_point():
-            settings: dict[str, Any] = {**vars(self.weight), "bnb_quantized": False, "quant_state": None}
+            data = weight.detach().to(device)
+            if not assign:  # the layer must not change with the caller's dictionary
+                state, data = copy.deepcopy(state), data.clone()
+            return Params4bit._from_state(data, state, False, None)  # pyright: ignore[reportPrivateUsage]
+        if weight.shape == shape and weight.is_floating_point():
+            if not self.weight.bnb_quantized:
+                return None
+            settings: dict[str, Any] = {
+                **vars(self.weight),
+                "bnb_quantized": False,
+                "quant_state": None,
+                "module": None,
+            }
             return Params4bit(weight.detach().clone(), requires_grad=False, **settings).to(device)
-        raise CheckpointError(
-            f"packed 4-bit codes of shape {tuple(weight.shape)} without their weight.* keys",
-            expected="weight.absmax, weight.quant_map and weight.quant_state.* beside the weight",
-            hint="save the whole state dict of the 4-bit layer",
-        )
+        if weight.shape[1:] == (1,):
+            raise CheckpointError(
+                f"packed 4-bit codes of shape {tuple(weight.shape)} without their weight.* keys",
+                expected="weight.absmax, weight.quant_map and weight.quant_state.* beside the weight",
+                hint="save the whole state dict of the 4-bit layer",
+            )
+        raise CheckpointError(f"weight is {weight.dtype} of shape {tuple(weight.shape)}", expected=f"floats of {shape}")
+
+    def _check_bias(self, bias: Tensor | None) -> None:
+        if bias is not None and self.bias is not None and bias.shape != (self.out_features,):
+            raise CheckpointError(f"bias has shape {tuple(bias.shape)}", expected=f"({self.out_features},)")
 
 
 class LinearFP4(Linear4bit):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.errors import ArgumentError
+from halfbyte.errors import ArgumentError, CheckpointError
 from halfbyte.formats import blocks
 from halfbyte.functional import quantize_4bit
 from halfbyte.ops.arguments import check_packed
@@ -97,12 +98,15 @@ class Params4bit(torch.nn.Parameter):
         """A parameter from packed codes and their serialized state (keys bare or with a dotted prefix).
 
         Raises:
-            CheckpointError: The state is damaged.
+            CheckpointError: The state is damaged, or of another shape than ``module``.
             ArgumentError: It belongs to other codes than ``data``.
         """
         state = QuantState.from_dict(quantized_stats, device)
         if state.shape is not None:
-            check_packed(data, state.shape.numel())
+            check_packed(data, math.prod(state.shape))
+        owner = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+        if None not in owner and state.shape is not None and tuple(state.shape) != owner:
+            raise CheckpointError(f"a 4-bit weight of shape {tuple(state.shape)}", expected=f"{owner}, as its layer")
         return cls._from_state(data.to(device), state, requires_grad, module, **kwargs)
 
     @classmethod

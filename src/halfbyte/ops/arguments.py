@@ -19,6 +19,7 @@ __all__ = [
     "check_format_4bit",
     "check_out",
     "check_packed",
+    "check_storage_dtype",
 ]
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,6 +36,13 @@ def check_float_dtype(dtype: torch.dtype) -> None:
     """Refuse an output dtype other than fp32, bf16 or fp16."""
     if dtype not in FLOAT_DTYPES:
         raise ArgumentError(f"output dtype is {dtype}", expected="float32, bfloat16 or float16")
+
+
+def check_storage_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype under which packed bytes do not appear."""
+    if dtype not in STORAGE_DTYPES:
+        names = [str(known).removeprefix("torch.") for known in STORAGE_DTYPES]
+        raise ArgumentError(f"quant_storage is {dtype}", expected=f"{', '.join(names[:-1])} or {names[-1]}")
 
 
 def check_format_4bit(quant_type: str, blocksize: int) -> None:

@@ -26,10 +26,7 @@ _NESTED = "Tensor? absmax_8bit=None, Tensor? absmax_code=None, Tensor? absmax_of
 def _check_quantize(A: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> None:
     check.check_float(A, "the tensor to quantize")
     check.check_format_4bit(quant_type, blocksize)
-    if quant_storage not in check.STORAGE_DTYPES:
-        raise ArgumentError(
-            f"quant_storage is {quant_storage}", expected="uint8, int8, float16, bfloat16, float32 or float64"
-        )
+    check.check_storage_dtype(quant_storage)
     blocks.packed_rows(A.numel(), quant_storage.itemsize)
 
 
