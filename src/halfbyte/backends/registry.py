@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from halfbyte import _env
+from halfbyte.backends import gpu_support
 from halfbyte.errors import ArgumentError, UnsupportedError
 from halfbyte.ops import bind, defined_ops
 
@@ -192,15 +193,18 @@ def _read_entry_points() -> None:
 
 def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     for value in (*args, *kwargs.values()):
+        if isinstance(value, list):  # ops over many tensors start with the list of them
+            value = next(iter(value), None)  # pyright: ignore[reportUnknownArgumentType]
         if isinstance(value, torch.Tensor):
             return value.device.type
     return "cpu"
 
 
 def _kernel_for(op: str, check: Callable[..., None]) -> Callable[..., Any]:
-    def kernel(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def kernel(first: Any, *args: Any, **kwargs: Any) -> Any:
         check(first, *args, **kwargs)
-        return select(op, first.device.type, (first, *args), kwargs)(first, *args, **kwargs)
+        device = first.device.type if isinstance(first, torch.Tensor) else _device_of((first,), kwargs)
+        return select(op, device, (first, *args), kwargs)(first, *args, **kwargs)
 
     return kernel
 
@@ -211,3 +215,5 @@ def _missing(package: str) -> Callable[[], str | None]:
 
 bind(_kernel_for)
 register(Backend("reference", frozenset(), 0, "halfbyte.backends.reference"))
+register(Backend("triton", frozenset({"cuda"}), 20, "halfbyte.backends.triton", why_not=gpu_support.why_not))
+register(Backend("cpu", frozenset({"cpu"}), 10, "halfbyte.backends.cpu", why_not=_missing("llvmlite")))

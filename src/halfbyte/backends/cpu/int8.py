@@ -68,7 +68,7 @@ def _product(rows: Rows, CB: Tensor, SCB: Tensor | None, bias: Tensor | None, fu
     weight = CB.detach().contiguous()
     count, columns = weight.shape
     bias = None if bias is None else bias.detach().float().contiguous()
-    SCB = None if SCB is None else SCB.detach().contiguous()
+    scales = None if SCB is None else SCB.detach().contiguous()
     full = None if full is None or rows.counts is None else full.detach().contiguous()
     if rows.tiles == 1:
         pieces = min(-(-count // 16), 8 * threads.count())
@@ -88,7 +88,7 @@ def _product(rows: Rows, CB: Tensor, SCB: Tensor | None, bias: Tensor | None, fu
         out.data_ptr(),
         _address(bias),
         _address(rows.absmax),
-        _address(SCB),
+        _address(scales),
         _address(rows.outliers),
         _address(rows.counts),
         _address(rows.source),

@@ -1,0 +1,5 @@
+"""Fast CPU ops without a compiler on the user's machine: kernels written as LLVM IR and compiled at first use."""
+
+from halfbyte.backends.cpu import blockwise, four_bit, int8, matmul
+
+__all__ = ["blockwise", "four_bit", "int8", "matmul"]

@@ -1,0 +1,1 @@
+"""The CPU kernels as descriptions that write LLVM IR; one description each, whatever the CPU."""

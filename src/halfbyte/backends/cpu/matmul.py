@@ -1,0 +1,219 @@
+"""Products with a packed 4-bit weight on the CPU: fused for few activations, by slices for many, and the gradient."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from halfbyte.backends.cpu import host, tables, threads
+from halfbyte.backends.cpu.call import DTYPES, kernel
+from halfbyte.backends.cpu.four_bit import Scales, decode
+from halfbyte.backends.cpu.kernels.levels import CHUNK
+from halfbyte.backends.cpu.kernels.product import ROWS
+from halfbyte.backends.registry import implements
+
+__all__ = ["gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit"]
+
+SLICE_BYTES = 4 << 20
+"""Dequantized weight worked on at a time: stays in the cache between its decoding and its product."""
+
+PANEL_BYTES = 16 << 10
+"""Activations that a tile works on at a time: half of the smallest first-level cache."""
+
+FUSED_BATCH = 16
+"""Up to this many activations the fused product is taken."""
+
+
+@implements("cpu", "gemm_4bit")
+def gemm_4bit(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """``A @ weight.T + bias``; the weight is never dequantized as a whole."""
+    out = torch.empty((*A.shape[:-1], shapeB[0]), dtype=A.dtype)
+    scales = Scales(absmax, absmax_8bit, absmax_code, absmax_offset)
+    _product(A, B, shapeB, scales, blocksize, tables.lookup_of(quant_type), bias, out)
+    return out
+
+
+@implements("cpu", "gemv_4bit")
+def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+    """``A @ weight.T`` with the 16 levels given as a tensor."""
+    out = torch.empty((*A.shape[:-1], shapeB[0]), dtype=A.dtype)
+    table = tables.lookup(code.detach().contiguous().numpy().tobytes())
+    _product(A, B, shapeB, Scales(absmax), blocksize, table, None, out)
+    return out
+
+
+@implements("cpu", "gemv_4bit.out")
+def gemv_4bit_out(
+    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor
+) -> None:
+    """:func:`gemv_4bit` into ``out``."""
+    out.copy_(gemv_4bit(A, B, shapeB, absmax, code, blocksize))
+
+
+def _product(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    scales: Scales,
+    blocksize: int,
+    table: tables.Table,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    rows, columns = shapeB
+    if not out.numel():
+        return
+    if not columns:
+        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        return
+    activations = A.detach().reshape(-1, columns)
+    if bias is not None:
+        bias = bias.detach().contiguous()
+    weight = B.detach().contiguous()
+    if activations.shape[0] <= FUSED_BATCH and columns % CHUNK == 0:
+        _fused(activations, weight, rows, scales, blocksize, table, bias, out)
+    else:
+        _sliced(activations, weight, rows, scales, blocksize, table, bias, out.view(-1, rows))
+
+
+def _fused(
+    activations: Tensor,
+    weight: Tensor,
+    rows: int,
+    scales: Scales,
+    blocksize: int,
+    table: tables.Table,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    batch, columns = activations.shape
+    dtype = DTYPES[activations.dtype]
+    tile = _tile(batch)
+    tiles = -(-batch // tile)
+    chunks = columns // CHUNK
+    if activations.stride(1) != 1:
+        activations = activations.contiguous()
+    prepared = torch.empty(
+        tiles * tile * columns, dtype=torch.bfloat16 if host.level().kind(dtype) == "dot" else torch.float32
+    )
+    if batch % tile:
+        prepared.zero_()
+    kernel("prepare", dtype=dtype, tile=tile)(
+        batch, activations.data_ptr(), prepared.data_ptr(), activations.stride(0) * activations.element_size(), chunks
+    )
+    a_piece = -(-rows // (ROWS * 8 * threads.count())) * ROWS
+    kernel("product_4bit", dtype=dtype, nested=scales.nested, halves=blocksize < CHUNK, tile=tile)(
+        -(-rows // a_piece),
+        weight.data_ptr(),
+        prepared.data_ptr(),
+        out.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        table.address,
+        *scales.addresses,
+        max(0, blocksize.bit_length() - CHUNK.bit_length()),
+        rows,
+        chunks,
+        batch,
+        tiles,
+        max(1, PANEL_BYTES // (tile * CHUNK * prepared.element_size())),
+        a_piece,
+    )
+
+
+def _tile(batch: int) -> int:
+    """Activations to multiply with a chunk at a time: as many as registers hold, without much left over."""
+    if batch <= 2:
+        return batch
+    largest = 8 if host.level().lanes == 16 else 4
+    return min((4, largest), key=lambda tile: (-(-batch // tile) * tile, -tile))
+
+
+class _Workspaces(threading.local):
+    """One dequantized slice for each dtype and Python thread, kept from call to call."""
+
+    def __init__(self) -> None:
+        self.held: dict[torch.dtype, Tensor] = {}
+
+    def get(self, numel: int, dtype: torch.dtype) -> Tensor:
+        found = self.held.get(dtype)
+        if found is None or found.numel() < numel:
+            with torch.inference_mode(False):
+                found = self.held[dtype] = torch.empty(numel, dtype=dtype)
+        return found[:numel]
+
+
+_workspaces = _Workspaces()
+
+
+def _sliced(
+    activations: Tensor,
+    weight: Tensor,
+    rows: int,
+    scales: Scales,
+    blocksize: int,
+    table: tables.Table,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    columns = activations.shape[1]
+    step = _slice_of(rows, columns * out.element_size())
+    with torch.no_grad():
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            piece = _workspaces.get((stop - start) * columns, out.dtype)
+            decode(weight, scales, blocksize, table, piece, first=start * columns, end=stop * columns)
+            part = None if bias is None else bias[start:stop]
+            out[:, start:stop] = torch.nn.functional.linear(activations, piece.view(-1, columns), part)
+
+
+def _slice_of(count: int, size: int) -> int:
+    """Rows or columns of ``size`` bytes to take at a time: equal slices of at most SLICE_BYTES, a multiple of 64."""
+    most = max(1, SLICE_BYTES // size)
+    even = -(-count // -(-count // most))
+    return min(count, -(-even // 64) * 64)
+
+
+@implements("cpu", "gemm_4bit_dgrad")
+def gemm_4bit_dgrad(
+    grad: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """``grad @ weight``: the gradient that :func:`gemm_4bit` passes to its activation, by slices of columns."""
+    rows, columns = shapeB
+    out = torch.empty((*grad.shape[:-1], columns), dtype=grad.dtype)
+    if not out.numel() or not rows:
+        return out.zero_()
+    scales = Scales(absmax, absmax_8bit, absmax_code, absmax_offset)
+    weight, table = B.detach().contiguous(), tables.lookup_of(quant_type)
+    flat, result = grad.detach().reshape(-1, rows), out.view(-1, columns)
+    step = _slice_of(columns, rows * out.element_size())
+    with torch.no_grad():
+        for start in range(0, columns, step):
+            width = min(columns, start + step) - start
+            piece = _workspaces.get(rows * width, out.dtype)
+            end = math.prod(shapeB)
+            decode(weight, scales, blocksize, table, piece, first=start, end=end, segment=(width, columns))
+            result[:, start : start + width] = torch.matmul(flat, piece.view(rows, width))
+    return out
