@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.python import python
 
-SCRIPT = '''\
+SCRIPT = """\
 import pickle, sys
 
 class Thing:
@@ -24,7 +24,7 @@ if sys.argv[1:] == ["error"]:
     fail()
 if sys.argv[1:2] == ["exit"]:
     sys.exit(int(sys.argv[2]) if sys.argv[2].isdigit() else sys.argv[2])
-'''
+"""
 
 CASES = [
     ["script.py", "one", "--two", "-m"],

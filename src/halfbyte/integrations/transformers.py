@@ -10,12 +10,14 @@ import sys
 from typing import Any
 
 import torch
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from halfbyte import _env
+from halfbyte.errors import CheckpointError, HalfbyteError
 from halfbyte.nn.compute_dtype import default_compute_dtype
 from halfbyte.nn.linear_4bit import Linear4bit
 from halfbyte.nn.receipt import WARN_BELOW, Receipt, count
@@ -25,10 +27,62 @@ __all__ = ["Halfbyte4BitQuantizer", "Halfbyte8BitQuantizer", "loading_line"]
 logger = logging.getLogger("halfbyte")
 
 
+class _Damaged(dict[str, HalfbyteError]):
+    """Weight -> its error. transformers copies operations, and with them their quantizer, for every weight."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Damaged:
+        return self
+
+
+class _Quantize(Bnb4bitQuantize):
+    """Quantizes a weight; keeps the error of one that cannot be for the end of the loading."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return super().convert(input_dict, *args, **kwargs)
+        except HalfbyteError as error:
+            return _failed(self.hf_quantizer, error, *next(iter(input_dict.items())))
+
+
+class _Deserialize(Bnb4bitDeserialize):
+    """Reads a packed weight; keeps the error of a damaged one for the end of the loading."""
+
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        name, weight = str(full_layer_name), input_dict.get("weight")
+        try:
+            if len(input_dict) == 1 and isinstance(model.get_submodule(name.rpartition(".")[0]), Linear4bit):
+                raise CheckpointError(
+                    "packed 4-bit codes without their scales",
+                    expected=f"{name}.absmax, {name}.quant_map and {name}.quant_state.* beside the weight",
+                    hint="the checkpoint is truncated: download or save it again",
+                )
+            return super().convert(input_dict, model=model, full_layer_name=full_layer_name, **kwargs)
+        except HalfbyteError as error:
+            return {"weight": _failed(self.hf_quantizer, error, name, weight)[name]}
+
+
 class Halfbyte4BitQuantizer(Bnb4BitHfQuantizer):
     """transformers' own 4-bit quantizer, with what it gets wrong put right."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.damaged = _Damaged()
+
+    def get_quantize_ops(self) -> Any:
+        """What quantizes a weight while it is loaded."""
+        return _Quantize(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """What reads a weight that was saved quantized."""
+        return {"deserialize": _Deserialize}
+
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.damaged:
+            name, first = next(iter(self.damaged.items()))
+            others = f" (and {len(self.damaged) - 1} more weights like it)" if len(self.damaged) > 1 else ""
+            raise CheckpointError(f"{name}: {first.message}{others}", expected=first.expected, hint=first.hint)
         model = super()._process_model_after_weight_loading(model, **kwargs)
         _forget_load_operations(model, self.get_load_operations())
         _tell(model)
@@ -104,6 +158,13 @@ def _tell(model: Any) -> None:
     else:
         # Nobody set logging up: the line goes where transformers shows its progress bar.
         print(f"halfbyte: {line}", file=sys.stderr)
+
+
+def _failed(quantizer: Any, error: HalfbyteError, name: str, weight: Any) -> dict[str, Any]:
+    # transformers would bury an error in a table with tracebacks; the unusable weight lets it go on until we can raise.
+    quantizer.damaged[name] = error
+    weight = weight[0] if isinstance(weight, list) else weight
+    return {name: torch.nn.Parameter(torch.empty(0) if weight is None else weight, requires_grad=False)}
 
 
 def _forget_load_operations(model: Any, operations: dict[str, type]) -> None:
