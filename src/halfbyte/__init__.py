@@ -26,6 +26,7 @@ _HOME = {
     "matmul": "halfbyte.autograd",
     "matmul_4bit": "halfbyte.autograd",
     "nn": "halfbyte.nn",
+    "optim": "halfbyte.optim",
     "receipt": "halfbyte.nn.receipt",
 }
 """Public name -> the module it is, or is found in."""

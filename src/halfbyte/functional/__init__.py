@@ -30,6 +30,7 @@ from halfbyte.functional.maps import (
     get_4bit_type,
     name2qmap,
 )
+from halfbyte.functional.optimizer import optimizer_update_8bit_blockwise, optimizer_update_32bit
 from halfbyte.quant_state import QuantState, pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
@@ -56,6 +57,8 @@ __all__ = [
     "int8_vectorwise_quant",
     "kernel_scales",
     "name2qmap",
+    "optimizer_update_8bit_blockwise",
+    "optimizer_update_32bit",
     "pack_dict_to_tensor",
     "quantize_4bit",
     "quantize_blockwise",

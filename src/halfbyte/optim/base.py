@@ -1,0 +1,380 @@
+"""The step loop that all optimizers share: states, settings by parameter, and one op call for all that go together."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte import backends as _backends  # defines and binds the ops
+from halfbyte.errors import UnsupportedError
+from halfbyte.formats.dynamic import dynamic_map
+from halfbyte.ops.optimizer import NEAREST
+from halfbyte.optim import clipping, serialization, sharding
+from halfbyte.optim import state as storage
+from halfbyte.optim.hyper import hyper_tensor, least
+from halfbyte.optim.manager import GlobalOptimManager, MockArgs
+from halfbyte.optim.naming import NamedType
+from halfbyte.optim.options import Options
+from halfbyte.rules import Rule, rule_named
+
+__all__ = ["Optimizer8bit"]
+
+_ops = torch.ops.halfbyte
+del _backends
+
+_PAGED_FROM = 100_000
+"""Values from which a paged optimizer pages a state."""
+
+
+@dataclass
+class Bucket:
+    """Parameters that one op call steps: same settings, same kind of state, same device."""
+
+    rule: Rule
+    settings: dict[str, Any]
+    skip_zeros: bool
+    blocksize: int
+    maps: list[Tensor]
+    params: list[Tensor] = field(default_factory=list[Tensor])
+    grads: list[Tensor] = field(default_factory=list[Tensor])
+    states: list[Tensor] = field(default_factory=list[Tensor])
+    absmax: list[Tensor] = field(default_factory=list[Tensor])
+
+
+class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
+    """Base of all: keeps states in 8 or 32 bits and steps parameters by the rule called ``optimizer_name``.
+
+    Args:
+        params: Parameters or parameter groups.
+        defaults: Settings of groups that have none of their own.
+        optim_bits: 8 or 32.
+        is_paged: Keep large states in host memory, on devices that have their own.
+    """
+
+    optimizer_name: str
+    args: Any
+
+    def __init__(self, params: Any, defaults: dict[str, Any], optim_bits: int = 32, is_paged: bool = False) -> None:
+        super().__init__(params, defaults)
+        self.initialized = False
+        self.is_paged = is_paged
+        self.name2qmap: dict[str, Tensor] = {}
+        self.mng = GlobalOptimManager.get_instance()
+        self.non_castable_tensor_keys = set(storage.NON_CASTABLE)
+        self.options = Options()
+        self.bias_correction = True
+        if optim_bits == 8:
+            self.fillusual_map()
+
+    # Settings
+
+    @property
+    def rule(self) -> Rule:
+        """The algorithm."""
+        return rule_named(self.optimizer_name)
+
+    def use(
+        self, name: str, optim_bits: int, args: Any, min_8bit_size: int, max_unorm: float, skip_zeros: bool
+    ) -> None:
+        """Take over what is the same for all groups; ``args`` replaces the rest where given."""
+        self.optimizer_name = name
+        rule_named(name)
+        self.args = args
+        if args is None:
+            self.args = MockArgs(
+                {
+                    "optim_bits": optim_bits,
+                    "min_8bit_size": min_8bit_size,
+                    "max_unorm": max_unorm,
+                    "skip_zeros": skip_zeros,
+                }
+            )
+
+    def fillusual_map(self) -> None:
+        """Make the two code maps."""
+        self.name2qmap["dynamic"] = torch.from_numpy(dynamic_map(signed=True))
+        self.name2qmap["udynamic"] = torch.from_numpy(dynamic_map(signed=False))
+
+    def usual_map(self, signed: bool, device: torch.device) -> Tensor:
+        """The code map of states that can be negative, or of those that cannot."""
+        name = "dynamic" if signed else "udynamic"
+        if name not in self.name2qmap:
+            self.fillusual_map()
+        if self.name2qmap[name].device != device:
+            self.name2qmap[name] = self.name2qmap[name].to(device)
+        return self.name2qmap[name]
+
+    def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+        """Settings of one parameter: its group's, then the optimizer's, then overrides of the GlobalOptimManager."""
+        config = {
+            "betas": group["betas"],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "lr": group["lr"],
+            "alpha": group.get("alpha", 0.0),
+            "t_alpha": group.get("t_alpha"),
+            "t_beta3": group.get("t_beta3"),
+            "optim_bits": self.args.optim_bits,
+            "min_8bit_size": self.args.min_8bit_size,
+            "max_unorm": getattr(self.args, "max_unorm", 0.0),
+            "skip_zeros": getattr(self.args, "skip_zeros", False),
+        }
+        config.update(self.mng.override_of(self.param_groups[gindex]["params"][pindex]))
+        return config
+
+    def check_overrides(self) -> None:
+        """Look up the parameters of module overrides among this optimizer's."""
+        own = {id(p) for group in self.param_groups for p in group["params"]}
+        for module, name, config in self.mng.module_weight_config_triple:
+            weight = getattr(module, name)
+            if id(weight) in own:
+                self.mng.override_config(weight, key_value_dict=dict(config))
+
+    def _settings(self, config: dict[str, Any], step: Any) -> dict[str, Any]:
+        betas = config["betas"]
+        beta1, beta2, beta3 = (*betas, 0.0)[:3] if len(betas) < 3 else betas
+        alpha, t_alpha, t_beta3 = config["alpha"], config["t_alpha"], config["t_beta3"]
+        if t_alpha:
+            alpha = least(step * alpha / t_alpha, alpha)
+        if t_beta3:
+            beta3 = slow_beta(beta1, beta3, step, t_beta3)
+        return {
+            "lr": config["lr"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "beta3": beta3,
+            "alpha": alpha,
+            "eps": config["eps"],
+            "weight_decay": config["weight_decay"],
+            "step": step,
+        }
+
+    # States
+
+    def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32, parts: int = 0) -> Tensor:
+        """Zeros for a state of ``p``; ``parts`` of them stacked, if not 0.
+
+        On the CPU a paged optimizer has nothing to page: it warns once and uses ordinary memory.
+        """
+        if self.is_paged and not getattr(self, "_warned", False):
+            self._warned = True
+            warnings.warn(
+                f"{type(self).__name__}: states are in ordinary memory of {p.device.type!r}, not paged. "
+                "On the CPU there is nothing to page: states are in host memory already",
+                stacklevel=3,
+            )
+        return sharding.zeros_like(p, dtype, parts)
+
+    def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """Zero states for ``p``, in 8 bits where the settings say so and the whole parameter is large enough.
+
+        Raises:
+            UnsupportedError: ``optim_bits`` is neither 8 nor 32.
+        """
+        config = self.get_config(gindex, pindex, group)
+        bits = config["optim_bits"]
+        if bits not in {8, 32}:
+            raise UnsupportedError(f"Amount of optimizer bits not supported: {bits}", expected="8 or 32")
+        if p.numel() < config["min_8bit_size"]:
+            bits = 32
+        state = self.state[p]
+        state["step"] = self._first_step(p)
+        storage.fill(state, p, self.rule, bits, self.get_state_buffer, self.usual_map)
+        if config["max_unorm"] > 0.0:
+            state["unorm_vec"] = torch.zeros((1,), device=p.device)
+        if self.options.percentile_clipping < 100:
+            state["gnorm_vec"] = torch.zeros((clipping.HISTORY,), device=p.device)
+
+    def _first_step(self, p: Tensor) -> Any:
+        if not self.options.capturable:
+            return 0
+        return torch.zeros((), dtype=torch.float32, device=p.device)
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss.
+
+        Returns:
+            What ``closure`` returned, else None.
+
+        Raises:
+            UnsupportedError: A gradient is sparse or complex.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._prepare()
+        chosen = [
+            (group, p, gindex, pindex)
+            for gindex, group in enumerate(self.param_groups)
+            for pindex, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        if type(self).update_step is not Optimizer8bit.update_step:
+            for group, p, gindex, pindex in chosen:
+                self._ensure_state(group, p, gindex, pindex)
+                self.update_step(group, p, gindex, pindex)
+        else:
+            self._update(chosen)
+        return loss
+
+    step._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]  # a fused step gains nothing by tracing
+
+    def _prepare(self) -> None:
+        if not self.initialized:
+            self.check_overrides()
+            self.initialized = True
+
+    def update_step(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """Step one parameter. A subclass that overrides this steps its parameters one by one."""
+        self._update([(group, p, gindex, pindex)])
+
+    def _ensure_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> dict[str, Any]:
+        if p.grad is not None and (p.grad.layout != torch.strided or p.is_complex()):
+            kind = "complex" if p.is_complex() else f"{p.grad.layout} (sparse)"
+            raise UnsupportedError(
+                f"{type(self).__name__} got a {kind} gradient for a parameter of shape {tuple(p.shape)}",
+                expected="dense real gradients",
+                hint="for embeddings pass sparse=False",
+            )
+        state = self.state[p]
+        if "state1" not in state:
+            self.init_state(group, p, gindex, pindex)
+        if state["state1"].device != p.device:
+            serialization.move(state, p.device)
+        return state
+
+    def _update(self, chosen: Iterable[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+        found: dict[Hashable, Bucket] = {}
+        for group, p, gindex, pindex in chosen:
+            state = self._ensure_state(group, p, gindex, pindex)
+            state["step"] += 1
+            self._assign(found, p, state, self.get_config(gindex, pindex, group))
+        for bucket in found.values():
+            self._run(bucket)
+
+    def _assign(self, found: dict[Hashable, Bucket], p: Tensor, state: dict[str, Any], config: dict[str, Any]) -> None:
+        assert p.grad is not None
+        rule, eight = self.rule, storage.is_8bit(state)
+        settings = self._settings(config, state["step"])
+        param, grad = sharding.local(p.detach()), sharding.local(p.grad.detach())
+        states = storage.states_of(state, rule)
+        absmax = storage.absmax_of(state, rule) if eight else []
+        maps = storage.maps_of(state, rule) if eight else []
+        blocksize = storage.blocksize_of(param.numel(), absmax[0].numel()) if eight else 0
+        if self.options.percentile_clipping < 100:
+            settings["grad_scale"] = clipping.percentile_scale(
+                grad, state["gnorm_vec"], state["step"], self.options.percentile_clipping
+            )
+        if config["max_unorm"] > 0.0:
+            settings["update_scale"] = self._trust(p, state, settings, config)
+        key = (
+            param.device,
+            eight,
+            blocksize,
+            config["skip_zeros"],
+            *map(id, maps),
+            *(id(value) if isinstance(value, Tensor) else value for value in settings.values()),
+        )
+        bucket = found.get(key)
+        if bucket is None:
+            bucket = found[key] = Bucket(rule, settings, config["skip_zeros"], blocksize, maps)
+        bucket.params.append(param)
+        bucket.grads.append(grad)
+        bucket.states += states
+        bucket.absmax += absmax
+
+    def _hyper(self, settings: dict[str, Any], device: torch.device) -> Tensor:
+        return hyper_tensor(device, **settings, bias_correction=self.bias_correction)
+
+    def _run(self, bucket: Bucket) -> None:
+        hyper = self._hyper(bucket.settings, bucket.params[0].device)
+        seed = NEAREST
+        if self.options.stochastic_rounding:
+            seed = int(bucket.settings["step"]) * 40503 & 0x7FFFFFFF
+        name, skip = bucket.rule.name, bucket.skip_zeros
+        if bucket.blocksize:
+            _ops.optimizer_step_8bit(
+                bucket.params,
+                bucket.grads,
+                bucket.states,
+                bucket.absmax,
+                bucket.maps,
+                hyper,
+                bucket.blocksize,
+                name,
+                skip,
+                seed,
+            )
+        else:
+            _ops.optimizer_step_32bit(bucket.params, bucket.grads, bucket.states, hyper, name, skip, seed)
+
+    def _trust(self, p: Tensor, state: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> Tensor:
+        """Factor that keeps the update's norm below ``max_unorm`` times the parameter's: LARS' and LAMB's bound."""
+        rule, max_unorm = self.rule, config["max_unorm"]
+        param = sharding.local(p.detach())
+        states = storage.states_of(state, rule)
+        if storage.is_8bit(state):
+            scales = storage.absmax_of(state, rule)
+            blocksize = storage.blocksize_of(param.numel(), scales[0].numel())
+            states = [
+                _ops.dequantize_blockwise(codes, absmax, code, blocksize, torch.float32)
+                for codes, absmax, code in zip(states, scales, storage.maps_of(state, rule), strict=True)
+            ]
+        hyper = self._hyper(settings, param.device)
+        assert p.grad is not None
+        squared = _ops.optimizer_update_norm(
+            [param], [sharding.local(p.grad.detach())], states, hyper, rule.name, config["skip_zeros"]
+        )
+        total = sharding.total(torch.cat([squared, param.float().square().sum().reshape(1)]), p)
+        state["unorm_vec"].copy_(total[:1])
+        unorm, pnorm = total.sqrt().unbind()
+        bound = max_unorm * pnorm + (config["eps"] if len(rule.signed) == 1 else 0.0)
+        # A parameter of zeros has no length to be measured by: it moves freely, or it never would.
+        return torch.where((unorm > bound) & (pnorm > 0), bound / unorm, torch.ones_like(unorm))
+
+    # Saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with each parameter's tensors under one key, as bitsandbytes has it since 0.49."""
+        return serialization.wrapped(super().state_dict(), self)
+
+    def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
+        """Load what :meth:`state_dict` returned, here or in bitsandbytes: wrapped or flat, blocks of 256 or 2048.
+
+        Args:
+            state_dict: Stays as it is.
+            move_to_device: Move states to their parameters' devices.
+
+        Raises:
+            CheckpointError: It does not fit the parameters or the algorithm.
+        """
+        super().load_state_dict(serialization.held(state_dict))
+        serialization.release(self, move_to_device)
+
+
+def slow_beta(beta1: float, beta3: float, step: Any, horizon: int) -> Any:
+    """AdEMAMix's schedule of the slow mean's beta: its half-life grows linearly from that of ``beta1``.
+
+    Pagliardini et al., arXiv:2409.03137, section 3.1.
+
+    >>> round(slow_beta(0.9, 0.9999, 500, 1000), 6)
+    0.9998
+    """
+    first, last = math.log(beta1), math.log(beta3)
+    share = step / horizon
+    exponent = first * last / ((1 - share) * last + share * first)
+    found = exponent.exp() if isinstance(exponent, Tensor) else math.exp(exponent)
+    return least(found, beta3)
