@@ -43,7 +43,8 @@ def quantize_blockwise(
         if "dynamic" not in name2qmap:
             name2qmap["dynamic"] = create_dynamic_map()
         code = name2qmap["dynamic"]
-    code = code.to(A.device)
+    # Copied: tensors that two states share could be neither saved together nor changed apart.
+    code = code.to(A.device, copy=True)
     if out is not None and absmax is not None and not nested:
         _ops.quantize_blockwise.out(A, code, blocksize, out=out, absmax=absmax)
         codes, scales = out, absmax
