@@ -1,10 +1,12 @@
-"""Writes the generated pages under docs/: ``python tools/make_docs.py`` (with ``--check``: fails where one is stale)."""
+"""Writes the generated pages under docs/: ``python tools/make_docs.py``; with ``--check`` fails where one is stale."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from failure_classes import page as failure_classes
 
 from halfbyte import _env
 
@@ -21,7 +23,7 @@ def environment() -> str:
     return head + "\n".join(rows) + "\n"
 
 
-PAGES: dict[str, Callable[[], str]] = {"environment.md": environment}
+PAGES: dict[str, Callable[[], str]] = {"environment.md": environment, "failure-classes.md": failure_classes}
 
 
 def main() -> int:

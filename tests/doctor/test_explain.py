@@ -88,6 +88,10 @@ def test_of_two_causes_the_first_in_the_text_is_named_first():
     assert names(f"{second}\n{first}") == ["C9", "D2"]
 
 
+def test_a_mere_symptom_comes_after_any_cause():
+    assert names(f"{EXACT['C4'][0]}\n{EXACT['D2'][0]}") == ["D2", "C4"]
+
+
 def test_a_harmless_notice_comes_last():
     assert names(f"{EXACT['E9'][0]}\n{EXACT['E1'][1]}") == ["E1", "E9"]
 
