@@ -39,7 +39,8 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
     module = importlib.import_module(home)
-    value = module if home.endswith(f".{name}") and not hasattr(module, name) else getattr(module, name)
+    # halfbyte.backends also has a function of its own name.
+    value = module if home == f"{__name__}.{name}" else getattr(module, name)
     globals()[name] = value
     return value
 

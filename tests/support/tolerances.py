@@ -38,7 +38,19 @@ TOLERANCES: dict[str, Tolerance] = {
     "one rounding bf16": Tolerance(2**-8, "bf16 keeps 8 bits: rounding once is off by half of 2^-7"),
     "one rounding fp16": Tolerance(2**-10, "fp16 keeps 11 bits, its subnormals fewer: rounding once is off by 2^-11"),
     "mean of absmax": Tolerance(2**-22, "fp32 sums of absmax in another order (AVX2, AVX-512, Arm)"),
+    "int8 product": Tolerance(
+        2**-20,
+        "exact integer sums, then fp32: three factors, and outliers summed in any order; relative to sum(|a| |w|)",
+    ),
+    "three roundings fp32": Tolerance(3 * 2**-24, "two constants or scales and a product, each rounded to fp32"),
+    "optimizer step fp32": Tolerance(
+        1e-6, "up to eight fp32 operations on values of the size that the scale gives, each off by 2^-24"
+    ),
+    "optimizer step": Tolerance(1.0, "the scale is the allowance itself: one rounding to the dtype and the fp32 operations"),
     "product fp32": Tolerance(1e-5, "fp32 dot products of up to 4096 terms in any order, relative to sum(|a| |w|)"),
+    "compiled product fp32": Tolerance(
+        1e-5, "compiled code adds and exponentiates in another order, relative to the largest value"
+    ),
     "product bf16": Tolerance(2**-7, "weight rounded to bf16, sum in fp32 or bf16 pieces, result rounded to bf16"),
     "product fp16": Tolerance(2**-9, "weight rounded to fp16, sum in fp32 or fp16 pieces, result rounded to fp16"),
     "perplexity": Tolerance(
