@@ -62,4 +62,4 @@ def get_4bit_type(typename: str, device: torch.device | str | None = None, block
         raise ArgumentError(f"af4 with blocksize {blocksize}", expected="64, for which its levels were derived")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.tensor(codebook(typename).table, device=device)
+    return torch.tensor(codebook(typename).levels, dtype=torch.float32, device=device)

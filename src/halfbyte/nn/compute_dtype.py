@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 __all__ = ["cpu_has_native_bf16", "default_compute_dtype"]
@@ -29,12 +27,19 @@ def default_compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type in {"xpu", "hpu", "npu"} else torch.float32
 
 
-@functools.cache
 def cpu_has_native_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware, as torch sees it."""
+    return _CPU_HAS_NATIVE_BF16
+
+
+def _probe_cpu() -> bool:
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         probe = getattr(torch.cpu, name, None)
         if probe is not None and probe():
             return True
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("bf16", False))
+
+
+# Asked once at import: torch.compile cannot trace the question.
+_CPU_HAS_NATIVE_BF16 = _probe_cpu()

@@ -70,8 +70,10 @@ class Linear4bit(torch.nn.Linear):
         """``x @ weight.T + bias``, computed in the compute dtype, returned in x's."""
         state = getattr(self.weight, "quant_state", None)
         if state is None:
-            fix_4bit_weight_quant_state_from_module(self)
-            state = self.weight.quant_state
+            # torch.export puts plain parameters in place, and takes them out again: nothing to mend there.
+            if self.quant_state is None or not torch.compiler.is_compiling():
+                fix_4bit_weight_quant_state_from_module(self)
+            state = self.quant_state
         dtype = self.compute_dtype_for(x)
         bias = None if self.bias is None else self.bias.to(dtype)
         return matmul_4bit(x.to(dtype), self.weight, state, bias=bias).to(x.dtype)
