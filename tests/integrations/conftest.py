@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,3 +82,13 @@ def gpt2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokens() -> torch.Tensor:
     """Two rows of 12 token ids."""
     return torch.randint(0, 256, (2, 12))
+
+
+@pytest.fixture(scope="session")
+def shim_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the separate distribution installed, built from a copy of ``shim/``."""
+    folder = tmp_path_factory.mktemp("shim")
+    source = shutil.copytree(Path(__file__).parents[2] / "shim", folder / "source")
+    words = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(folder / "site")]
+    subprocess.run([sys.executable, "-m", "pip", *words, str(source)], check=True)
+    return folder / "site"

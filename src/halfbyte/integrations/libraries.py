@@ -38,10 +38,10 @@ def refresh() -> None:
 
 def watch() -> None:
     """Add what halfbyte adds to transformers as soon as it is loaded."""
-    after_import("transformers.quantizers.auto", _register_quantizers)
+    after_import("transformers.quantizers.auto", _extend_quantizers)
 
 
-def _register_quantizers() -> None:
+def _extend_quantizers() -> None:
     importlib.import_module("halfbyte.integrations.transformers")
 
 

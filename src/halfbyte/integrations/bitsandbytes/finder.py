@@ -14,7 +14,7 @@ from halfbyte.integrations.bitsandbytes import names
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, DistributionFinder
 
-__all__ = ["Finder", "Loader", "find_installed", "put_first"]
+__all__ = ["Finder", "Loader", "attribute", "find_installed", "put_first", "top_level"]
 
 NAME = "bitsandbytes"
 
@@ -43,7 +43,7 @@ class Loader:
             exec(self.get_code(module.__name__), vars(module))
             return
         module.__file__ = names.__file__
-        module.__dict__["__getattr__"] = partial(_attribute, self.module)
+        module.__dict__["__getattr__"] = partial(attribute, self.module)
         module.__dict__["__dir__"] = partial(names.public_names, self.module)
         if not self.module:
             module.__dict__.update(top_level())
@@ -53,7 +53,8 @@ class Loader:
         return compile(_MAIN if self.module == "__main__" else "", f"<halfbyte as {fullname}>", "exec")
 
 
-def _attribute(module: str, name: str) -> Any:
+def attribute(module: str, name: str) -> Any:
+    """``bitsandbytes.<module>.<name>``, the list of names included."""
     return names.public_names(module) if name == "__all__" else names.lookup(module, name)
 
 

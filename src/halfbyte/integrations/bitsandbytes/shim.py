@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
+from halfbyte.integrations import libraries
 from halfbyte.integrations.bitsandbytes import names
-from halfbyte.integrations.bitsandbytes.finder import put_first
-from halfbyte.integrations.libraries import watch
+from halfbyte.integrations.bitsandbytes.finder import attribute, put_first, top_level
 
 __all__ = ["__dir__", "__getattr__", "__version__", "features", "supported_torch_devices"]
 
-__version__ = names.VERSION
-features = set(names.FEATURES)
-supported_torch_devices = set(names.SUPPORTED_DEVICES)
-__getattr__ = partial(names.lookup, "")
+__getattr__ = partial(attribute, "")
 __dir__ = partial(names.public_names, "")
+__version__, features, supported_torch_devices = top_level().values()
 
 put_first(whole=False)
-watch()
+libraries.watch()
