@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import re
 
+from halfbyte.doctor import versions
 from halfbyte.doctor.catalogue.entry import FailureClass, Reading, Remedy
 from halfbyte.doctor.catalogue.links import links
 
 __all__ = ["CLASSES"]
 
+
+def _triton_windows(torch: str) -> str:
+    """Installs the triton release that a torch release asks for."""
+    major, minor = versions.number(versions.triton_for(torch) or "3.9")
+    return f'python -m pip install --upgrade "triton-windows<{major}.{minor + 1}"   # torch {torch}'
+
+
 _TRITON_WINDOWS = Remedy(
-    "Windows: the package made for it, of the version that torch wants",
-    install="triton-windows<3.10",
-    upgrade=True,
+    "Windows: the package made for it, in the release that your torch asks for",
+    "\n".join(_triton_windows(torch) for torch in versions.torch_versions()[-3:]),
 )
 _LIBCUDA_PATH = Remedy(
     "name the folder that has libcuda.so.1",
@@ -59,6 +66,12 @@ CLASSES = (
             Remedy(
                 "without root, in conda",
                 "conda install -c conda-forge gcc_linux-64 && export CC=x86_64-conda-linux-gnu-gcc",
+            ),
+            Remedy(
+                "without root, with pip alone (400 MB)",
+                "python -m pip install ziglang\n"
+                "printf '#!/bin/sh\\nexec python -m ziglang cc \"$@\"\\n' > ~/zigcc\n"
+                "chmod +x ~/zigcc && export CC=~/zigcc",
             ),
             _TRITON_WINDOWS,
         ),
@@ -217,7 +230,7 @@ CLASSES = (
         "Triton cannot read the kernels' source",
         "Triton compiles from source text; a frozen, zipped or .pyc-only application has none.",
         (
-            Remedy("PyInstaller: ship the source too", "Analysis(..., module_collection_mode={'halfbyte': 'pyz+py'})"),
+            Remedy("PyInstaller: ship the source too", "pyinstaller --collect-all triton --collect-all halfbyte ..."),
             Remedy("or leave the package out of the archive, as .py files"),
         ),
         texts=(r"@jit functions should be defined in a Python file",),
