@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halfbyte.backends.cpu import tables
+from halfbyte.backends.cpu import memory, tables
 from halfbyte.backends.cpu.call import DTYPES, kernel
 from halfbyte.backends.registry import implements
 from halfbyte.formats import blocks
@@ -33,7 +33,7 @@ def _buckets(code: Tensor) -> tables.Buckets | str:
 @implements("cpu", "quantize_blockwise", declines=_declines_quantize)
 def quantize_blockwise(A: Tensor, code: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     """uint8 index of the nearest value of ``code`` (ties go down), of A's shape, and fp32 absmax ``(blocks,)``."""
-    out = torch.empty(A.shape, dtype=torch.uint8)
+    out = memory.empty(A.shape, torch.uint8)
     absmax = torch.empty(blocks.block_count(A.numel(), blocksize), dtype=torch.float32)
     _quantize(A, code, blocksize, out.view(-1), absmax)
     return out, absmax
@@ -87,7 +87,7 @@ def _quantize_blocks(flat: Tensor, code: Tensor, blocksize: int, out: Tensor, ab
 @implements("cpu", "dequantize_blockwise")
 def dequantize_blockwise(A: Tensor, absmax: Tensor, code: Tensor, blocksize: int, dtype: torch.dtype) -> Tensor:
     """``code[A] * absmax`` in fp32, rounded once to ``dtype``, of A's shape."""
-    out = torch.empty(A.shape, dtype=dtype)
+    out = memory.empty(A.shape, dtype)
     _dequantize(A, absmax, code, blocksize, out)
     return out
 

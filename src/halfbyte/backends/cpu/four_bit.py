@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.backends.cpu import tables
+from halfbyte.backends.cpu import memory, tables
 from halfbyte.backends.cpu.call import DTYPES, kernel
 from halfbyte.backends.registry import implements
 from halfbyte.formats import blocks
@@ -26,7 +26,7 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: tor
     """Packed codes ``(bytes / itemsize, 1)`` and fp32 absmax ``(blocks,)`` of ``A`` in row-major order."""
     flat = A.detach().contiguous().view(-1)
     numel = flat.numel()
-    packed = torch.empty(blocks.packed_bytes(numel, BITS), dtype=torch.uint8)
+    packed = memory.empty((blocks.packed_bytes(numel, BITS),), torch.uint8)
     absmax = torch.empty(blocks.block_count(numel, blocksize), dtype=torch.float32)
     whole = numel // blocksize
     _quantize_blocks(flat, blocksize, quant_type, packed, absmax, whole)
@@ -134,7 +134,7 @@ def dequantize_4bit(
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
     """``levels[code] * absmax`` in fp32, rounded once to ``dtype``, of ``shape``."""
-    out = torch.empty(tuple(shape), dtype=dtype)
+    out = memory.empty(shape, dtype)
     scales = Scales(absmax, absmax_8bit, absmax_code, absmax_offset)
     decode(A.contiguous(), scales, blocksize, tables.lookup_of(quant_type), out, end=math.prod(shape))
     return out

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.backends.cpu import host, tables, threads
+from halfbyte.backends.cpu import host, memory, tables, threads
 from halfbyte.backends.cpu.call import DTYPES, kernel
 from halfbyte.backends.cpu.four_bit import Scales, decode
 from halfbyte.backends.cpu.kernels.levels import CHUNK
@@ -24,8 +24,8 @@ SLICE_BYTES = 4 << 20
 PANEL_BYTES = 16 << 10
 """Activations that a tile works on at a time: half of the smallest first-level cache."""
 
-FUSED_BATCH = 16
-"""Up to this many activations the fused product is taken."""
+FUSED_BATCH = {"avx512bf16": 16, "avx512": 32, "avx2": 32, "neon": 16, "portable": 4}
+"""Up to this many activations the fused product is taken, by level; see ``benchmarks/cpu_matmul.py --crossover``."""
 
 
 @implements("cpu", "gemm_4bit")
@@ -42,7 +42,7 @@ def gemm_4bit(
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
     """``A @ weight.T + bias``; the weight is never dequantized as a whole."""
-    out = torch.empty((*A.shape[:-1], shapeB[0]), dtype=A.dtype)
+    out = memory.empty((*A.shape[:-1], shapeB[0]), A.dtype)
     scales = Scales(absmax, absmax_8bit, absmax_code, absmax_offset)
     _product(A, B, shapeB, scales, blocksize, tables.lookup_of(quant_type), bias, out)
     return out
@@ -51,7 +51,7 @@ def gemm_4bit(
 @implements("cpu", "gemv_4bit")
 def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
     """``A @ weight.T`` with the 16 levels given as a tensor."""
-    out = torch.empty((*A.shape[:-1], shapeB[0]), dtype=A.dtype)
+    out = memory.empty((*A.shape[:-1], shapeB[0]), A.dtype)
     table = tables.lookup(code.detach().contiguous().numpy().tobytes())
     _product(A, B, shapeB, Scales(absmax), blocksize, table, None, out)
     return out
@@ -85,7 +85,7 @@ def _product(
     if bias is not None:
         bias = bias.detach().contiguous()
     weight = B.detach().contiguous()
-    if activations.shape[0] <= FUSED_BATCH and columns % CHUNK == 0:
+    if activations.shape[0] <= FUSED_BATCH[host.level().name] and columns % CHUNK == 0:
         _fused(activations, weight, rows, scales, blocksize, table, bias, out)
     else:
         _sliced(activations, weight, rows, scales, blocksize, table, bias, out.view(-1, rows))
@@ -153,7 +153,7 @@ class _Workspaces(threading.local):
         found = self.held.get(dtype)
         if found is None or found.numel() < numel:
             with torch.inference_mode(False):
-                found = self.held[dtype] = torch.empty(numel, dtype=dtype)
+                found = self.held[dtype] = memory.empty((numel,), dtype)
         return found[:numel]
 
 
@@ -171,14 +171,21 @@ def _sliced(
     out: Tensor,
 ) -> None:
     columns = activations.shape[1]
-    step = _slice_of(rows, columns * out.element_size())
+    dtype = _compute_dtype(out.dtype)
+    activations, bias = activations.to(dtype), None if bias is None else bias.to(dtype)
+    step = _slice_of(rows, columns * dtype.itemsize)
     with torch.no_grad():
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            piece = _workspaces.get((stop - start) * columns, out.dtype)
+            piece = _workspaces.get((stop - start) * columns, dtype)
             decode(weight, scales, blocksize, table, piece, first=start * columns, end=stop * columns)
             part = None if bias is None else bias[start:stop]
             out[:, start:stop] = torch.nn.functional.linear(activations, piece.view(-1, columns), part)
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What slices are multiplied in: bf16 where the CPU has products of bf16; elsewhere fp32 is faster."""
+    return dtype if dtype == torch.bfloat16 and host.level().dot_bf16 else torch.float32
 
 
 def _slice_of(count: int, size: int) -> int:
@@ -202,17 +209,18 @@ def gemm_4bit_dgrad(
 ) -> Tensor:
     """``grad @ weight``: the gradient that :func:`gemm_4bit` passes to its activation, by slices of columns."""
     rows, columns = shapeB
-    out = torch.empty((*grad.shape[:-1], columns), dtype=grad.dtype)
+    out = memory.empty((*grad.shape[:-1], columns), grad.dtype)
     if not out.numel() or not rows:
         return out.zero_()
     scales = Scales(absmax, absmax_8bit, absmax_code, absmax_offset)
     weight, table = B.detach().contiguous(), tables.lookup_of(quant_type)
     flat, result = grad.detach().reshape(-1, rows), out.view(-1, columns)
-    step = _slice_of(columns, rows * out.element_size())
+    dtype = _compute_dtype(out.dtype)
+    flat, step = flat.to(dtype), _slice_of(columns, rows * dtype.itemsize)
     with torch.no_grad():
         for start in range(0, columns, step):
             width = min(columns, start + step) - start
-            piece = _workspaces.get(rows * width, out.dtype)
+            piece = _workspaces.get(rows * width, dtype)
             end = math.prod(shapeB)
             decode(weight, scales, blocksize, table, piece, first=start, end=end, segment=(width, columns))
             result[:, start : start + width] = torch.matmul(flat, piece.view(rows, width))

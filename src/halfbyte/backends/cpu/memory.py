@@ -1,0 +1,42 @@
+"""Memory for large results: the same ``torch.empty``, with huge pages asked for, as numpy does for its arrays.
+
+A fresh tensor of some megabytes is mapped page by page at its first write. With pages of 4 KiB that costs more than
+decoding into it; with pages of 2 MiB it costs little. Asking changes nothing where the system has none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["empty"]
+
+LARGE = 4 << 20
+"""Bytes from which it pays: two huge pages."""
+
+
+@functools.lru_cache(maxsize=1)
+def _madvise() -> Any:
+    if not sys.platform.startswith("linux") or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes, advise.restype = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int), ctypes.c_int
+    return advise
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor."""
+    made = torch.empty(tuple(shape), dtype=dtype)
+    size = made.numel() * made.element_size()
+    if size >= LARGE and (advise := _madvise()) is not None:
+        start = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        # Advice only: where it is refused (a kernel without huge pages), nothing is lost.
+        advise(start, (made.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+    return made
