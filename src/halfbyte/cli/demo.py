@@ -89,10 +89,11 @@ def _run(options: argparse.Namespace) -> int:
         gc.collect()
         progress.update(task, description="4 bits: loading, answering, reading")
         model, after = measure.measure(four_bit, *arguments)
-    console.print(SNIPPET + "\n", style="dim")
+    console.print(SNIPPET + "\n", style="dim", soft_wrap=True)
     found = receipt(model, warn=False)
     console.print()
-    _print_table(console, Path(path).name, before, after, options.windows)
+    name = options.model.name if options.model else assets.MODEL_NAME
+    _print_table(console, name, before, after, options.windows)
     verdict = broken(before.perplexity, after.perplexity, after.text, found.share)
     if verdict:
         print(f"BROKEN: {verdict}\nhint: run: halfbyte doctor", file=sys.stderr)
