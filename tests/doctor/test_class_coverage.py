@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -11,6 +12,7 @@ import pytest
 
 from halfbyte.doctor import catalogue, registry
 from halfbyte.doctor.catalogue import CLASSES, FailureClass
+from halfbyte.doctor.explain import explain
 
 import_module("halfbyte.doctor.checks")  # registers them
 
@@ -55,3 +57,17 @@ def test_the_page_names_every_class_once():
 def test_every_row_of_the_page_has_six_cells():
     lines = (ROOT / "docs" / "failure-classes.md").read_text(encoding="utf-8").splitlines()
     assert {line.replace("\\|", "").count("|") for line in lines if line.startswith("| ")} == {7}
+
+
+@each_check
+def test_codes_that_a_page_names_exist(made: registry.Check):
+    codes = {each.code for each in registry.checks()}
+    named = {word for text in made.sections.values() for word in re.findall(r"\b[A-Z]{2,6}\d{3}\b", text)}
+    assert named <= codes
+
+
+@each_check
+def test_a_message_quoted_on_a_page_is_one_of_that_check(made: registry.Check):
+    for text in re.findall(r'"([^"]{12,})"', " ".join(made.sections.values())):
+        found = {match.entry.id for match in explain(text)}
+        assert not found or found & set(made.classes), (text, found)
