@@ -287,3 +287,16 @@ def test_a_missing_bias_is_a_missing_key() -> None:
 
 def test_a_state_dict_without_the_layer_reports_its_weight_missing() -> None:
     assert layer_of().load_state_dict({}, strict=False).missing_keys == ["weight", "bias"]
+
+
+def test_loading_in_place_keeps_tied_layers_tied() -> None:
+    def tied() -> torch.nn.Sequential:
+        model = torch.nn.Sequential(LinearNF4(64, 64), LinearNF4(64, 64))
+        model[1].weight = model[0].weight
+        return model
+
+    source, target = tied().to("cpu"), tied()
+    weight = target[0].weight
+    target.load_state_dict(source.state_dict())
+    assert target[0].weight is target[1].weight is weight
+    assert snapshot(target) == snapshot(source)

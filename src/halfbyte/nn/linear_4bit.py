@@ -142,8 +142,9 @@ class Linear4bit(torch.nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, shown, unexpected_keys, error_msgs)
         missing_keys += [key for key in shown if loaded is None or key != f"{prefix}weight"]
         if loaded is not None:
-            self.weight = loaded
-            loaded.module = self
+            if assign or not isinstance(self.weight, Params4bit) or not self.weight.takes(loaded):
+                self.weight = loaded
+            self.weight.module = self
             self.quant_state = loaded.quant_state
 
     def _loadable(self, weight: Tensor, stats: dict[str, Any], assign: bool) -> Params4bit | None:

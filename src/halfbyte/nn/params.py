@@ -196,6 +196,14 @@ class Params4bit(torch.nn.Parameter):
         self.quant_state = state
         return self
 
+    def takes(self, other: Params4bit) -> bool:
+        """Become ``other`` but for the owner: layers that share this parameter still do. False where torch forbids."""
+        if "meta" in {self.device.type, other.device.type} or self.requires_grad:
+            return False
+        self.data = other.data
+        vars(self).update({name: value for name, value in vars(other).items() if name != "module"})
+        return True
+
     def cpu(self) -> Params4bit:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``to("cpu")``."""
         return self.to("cpu")
