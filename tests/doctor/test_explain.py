@@ -110,6 +110,10 @@ def test_colour_codes_do_not_hide_a_text():
     assert names("\x1b[31mTorch not compiled \x1b[1mwith CUDA enabled\x1b[0m") == ["A1"]
 
 
+def test_colour_codes_of_a_notebooks_file_do_not_hide_a_text():
+    assert names(r"\u001b[0;31mTorch not compiled \u001b[38;5;241mwith CUDA enabled\u001b[0m\n") == ["A1"]
+
+
 def test_the_number_of_a_driver_message_is_read_and_answered():
     match = explain(EXACT["A2"][1])[0]
     assert "12.4" in match.note

@@ -14,7 +14,7 @@ __all__ = ["LIMIT", "Match", "explain", "is_code"]
 LIMIT = 600_000
 """Characters of a text that are looked at; of a longer one its two ends, where errors start and end."""
 
-_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_COLOUR = re.compile(r"(?:\x1b|\\u001b|\\x1b)\[[0-9;]*[A-Za-z]")  # also as a notebook's file spells it
 _EXCERPT = 200
 
 

@@ -52,6 +52,7 @@ CLASSES = (
         texts=(
             r"Torch not compiled with CUDA enabled",
             r"No CUDA, ROCm, or XPU detected; CPU library loaded",
+            r"libbitsandbytes_cudaNone\.",
             r"torch\.__version__[^\n]{0,12}\n?[^\n]{0,12}\+cpu",
         ),
         follows=("A2", "A4", "A5", "A6", "A13"),

@@ -53,7 +53,7 @@ CLASSES = (
         texts=(
             r"CUDA Setup failed despite (?:GPU|CUDA) being available",
             r"bitsandbytes[\\/]cuda_setup[\\/]main\.py",
-            r"CUDA SETUP: CUDA detection failed",
+            r"CUDA SETUP: (?:CUDA detection failed|Setup Failed)",
         ),
         follows=("A2", "A6", "A13", "B6", "C2", "C3", "C5", "C6", "C8", "C9", "C10", "C11"),
         here=_NO_BINARY,

@@ -39,7 +39,7 @@ _REINSTALL_TORCH = Remedy(
 def _assembler(found: re.Match[str]) -> Reading | None:
     groups = found.groupdict()
     if not groups.get("sm"):
-        return None
+        return Reading("the assembler refused; the lines that it printed itself, if any, say whether the GPU is why")
     return Reading(f"the ptxas in use does not know {groups['sm']}; its release is older than the GPU")
 
 
@@ -122,6 +122,8 @@ CLASSES = (
             r"Value '(?P<sm>sm_\w+)' is not defined for option 'gpu-name'",
             r"'(?P<sm>sm_\w+)' is not a recognized processor for this target",
             r"\bPTXASError\b",
+            r"Internal Triton PTX codegen error",
+            r"'ptxas' failed with error code \d+",
         ),
         follows=("B4",),
         sources=links("triton#8539 vllm#31338"),
@@ -132,7 +134,11 @@ CLASSES = (
         "Triton does not find the driver's library",
         "Triton asks ldconfig for libcuda.so.1, and the system's list lacks it: Colab, Kaggle, WSL, some containers.",
         (Remedy("write the list again", "sudo ldconfig"), _LIBCUDA_PATH),
-        texts=(r"libcuda\.so cannot found", r"Possible files are located at[\s\S]{0,400}?Please create a symlink"),
+        texts=(
+            r"libcuda\.so cannot found",
+            r"cannot find -lcuda\b",
+            r"Possible files are located at[\s\S]{0,400}?Please create a symlink",
+        ),
         follows=("A6",),
         sources=links("triton#2019 mamba#14 unsloth#679"),
     ),
