@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from failure_classes import page as failure_classes
 
 from halfbyte import _env
+from halfbyte.doctor import reference
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -23,7 +25,17 @@ def environment() -> str:
     return head + "\n".join(rows) + "\n"
 
 
-PAGES: dict[str, Callable[[], str]] = {"environment.md": environment, "failure-classes.md": failure_classes}
+def checks() -> str:
+    """The page of the doctor's checks."""
+    import_module("halfbyte.doctor.checks")  # registers them
+    return reference.markdown()
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "checks.md": checks,
+    "environment.md": environment,
+    "failure-classes.md": failure_classes,
+}
 
 
 def main() -> int:

@@ -58,8 +58,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     start = time.monotonic()
     level = Level.QUICK if options.quick else Level.FULL if options.full else Level.DEFAULT
-    host = Host.here(root=options.root, timeout=options.timeout, full=level is Level.FULL)
     selected, asked = registry.select(level, options.only)
+    steps = frozenset(step for check in selected for step in check.steps)
+    host = Host.here(root=options.root, timeout=options.timeout, full=level is Level.FULL, steps=steps)
     facts = Facts(host)
     findings = run_checks(facts, selected, asked)
     report = compose(facts, findings, level, time.monotonic() - start)

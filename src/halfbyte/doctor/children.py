@@ -70,6 +70,13 @@ class Outcome:
         return next((event for event in reversed(self.events) if event.get("event") == name), {})
 
     @property
+    def telling_lines(self) -> tuple[str, ...]:
+        """A few lines of the error stream: where it crashed, else its end."""
+        lines = [line.strip() for line in self.errors.splitlines() if line.strip()]
+        fatal = next((at for at, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
+        return tuple(lines[-4:] if fatal is None else lines[fatal : fatal + 4])
+
+    @property
     def error_text(self) -> str:
         """The line that says most: the exception's message, else how the child ended."""
         lines = [line for line in self.errors.splitlines() if line.strip()]

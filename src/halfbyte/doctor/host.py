@@ -9,8 +9,9 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from halfbyte.doctor.children import Outcome, Request, run_probe
 
@@ -58,6 +59,7 @@ class Host:
         names: User and host names, which no report may contain.
         timeout: Seconds that one child process may take; 0 leaves it to the probe.
         full: Whether timing is wanted too.
+        steps: Steps of the proofs that some check looks at; None for all.
         run: Runs a program.
         probe: Runs one of :mod:`halfbyte.doctor.probes` in a child process.
     """
@@ -77,15 +79,15 @@ class Host:
     names: tuple[str, ...] = ()
     timeout: float = 0.0
     full: bool = False
+    steps: frozenset[str] | None = None
     run: Callable[[Sequence[str], float], Completed] = run_command
     probe: Callable[[Host, Request], Outcome] = lambda host, request: run_probe(host, request)
 
     @classmethod
-    def here(cls, *, root: Path = Path("/"), timeout: float = 0.0, full: bool = False) -> Host:
-        """This machine and process; ``root`` moves the system's files elsewhere."""
+    def here(cls, **chosen: Any) -> Host:
+        """This machine and process; ``chosen`` replaces attributes."""
         cwd = _cwd()
-        return cls(
-            root=root,
+        found = cls(
             environ=dict(os.environ),
             system=platform.system(),
             machine=platform.machine(),
@@ -98,9 +100,8 @@ class Host:
             cwd=cwd,
             home=Path(os.path.expanduser("~")),  # noqa: PTH111  Path.home() raises where there is none
             names=_names(),
-            timeout=timeout,
-            full=full,
         )
+        return replace(found, **chosen)
 
     def path(self, absolute: str) -> Path:
         """A system file or folder, under ``root``."""

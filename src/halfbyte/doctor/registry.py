@@ -39,6 +39,7 @@ class Check:
         wants: Names of those facts.
         requires: Codes that must hold first; while one fails this is "not reached".
         classes: Failure classes it detects.
+        steps: Steps of the proofs whose outcome it looks at; others need not run for it.
         asked_level: The lowest level that runs it, as registered; see :attr:`level`.
     """
 
@@ -47,6 +48,7 @@ class Check:
     wants: tuple[str, ...]
     requires: tuple[str, ...]
     classes: tuple[str, ...]
+    steps: tuple[str, ...]
     asked_level: Level
 
     @property
@@ -91,7 +93,12 @@ def fact(function: Callable[..., Any] | None = None, *, slow: bool = False) -> A
 
 
 def check(
-    code: str, *, requires: tuple[str, ...] = (), classes: tuple[str, ...] = (), level: Level = Level.QUICK
+    code: str,
+    *,
+    requires: tuple[str, ...] = (),
+    classes: tuple[str, ...] = (),
+    steps: tuple[str, ...] = (),
+    level: Level = Level.QUICK,
 ) -> Callable[[F], F]:
     """Register a check under a stable code. See :class:`Check` for the arguments.
 
@@ -102,7 +109,7 @@ def check(
     def decorate(function: F) -> F:
         if code in _checks:
             raise ArgumentError(f"a check with code {code!r} is registered already")
-        made = Check(code, function, tuple(inspect.signature(function).parameters), requires, classes, level)
+        made = Check(code, function, tuple(inspect.signature(function).parameters), requires, classes, steps, level)
         if tuple(made.sections) != HEADINGS or not made.layer:
             raise ArgumentError(f"docstring of check {code}", expected=f"the parts {', '.join(HEADINGS)}")
         _checks[code] = made

@@ -103,7 +103,7 @@ def cores(cpu: Cpu, host: Host) -> Result:
     return Result.passed(note)
 
 
-@check("CPU105", requires=("CPU102", "TORCH105"), classes=("D14", "D15", "E6"))
+@check("CPU105", steps=("numba_kernel",), requires=("CPU102", "TORCH105"), classes=("D14", "D15", "E6"))
 def numba_compiles(proofs: Proofs, installer: Installer) -> Result:
     """numba compiles and its result is right.
 

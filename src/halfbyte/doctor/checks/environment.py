@@ -48,7 +48,7 @@ def no_shadowing_file(host: Host, packages: Packages) -> Result:
     )
     if shadows:
         return Result.failed(
-            f"{', '.join(module.name for module in shadows)}: imported from your own files, not from the package",
+            f"a file of yours is imported as {', '.join(module.name for module in shadows)}, not the package",
             *(module.path for module in shadows),
             fixes=tuple(_rename(Path(module.path)) for module in shadows),
             classes=("E4",) if shadows[0].name == "bitsandbytes" else ("C12",),
@@ -81,7 +81,7 @@ def library_path(loader: Loader) -> Result:
 
     What it means: no folder in it holds CUDA or C++ libraries that torch brings itself.
     Why it matters: the loader takes those first; an older one ends in "undefined symbol" or "version not found".
-    How to fix: unset LD_LIBRARY_PATH, or take that folder out; TORCH101 tells whether it really breaks the import.
+    How to fix: unset LD_LIBRARY_PATH, or take that folder out; TORCH105 tells whether it really breaks the import.
     """
     found = [
         each for each in loader.overrides if [name for name in each.libraries if not name.startswith("libcuda.so")]

@@ -14,7 +14,7 @@ __all__: list[str] = []
 REBOOT = Fix("restart the machine, so that the new driver is loaded", "sudo reboot")
 
 
-@check("GPU101", classes=("A6",))
+@check("GPU101", classes=("A6", "F1"))
 def driver_loaded(gpu: Gpu, host: Host) -> Result:
     """The GPUs of this machine have a driver.
 
@@ -69,7 +69,7 @@ def container_has_gpu(gpu: Gpu) -> Result:
     )
 
 
-@check("GPU103", requires=("GPU101",), classes=("A7",))
+@check("GPU103", requires=("GPU101",), classes=("A7", "F1"))
 def device_permissions(gpu: Gpu, host: Host) -> Result:
     """You may open the GPU's device files.
 

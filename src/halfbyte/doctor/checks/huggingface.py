@@ -98,7 +98,10 @@ def real_bitsandbytes(
     instead = Fix("or let halfbyte take its place", "python -m pip uninstall -y bitsandbytes")
     upgrade = installer.install("upgrade bitsandbytes", "bitsandbytes", upgrade=True)
     found = f"bitsandbytes {peer.version}, binaries: {peer.binaries}"
-    old = _old_version(peer, packages)
+    old = _too_old(peer)
+    missing = bool(torch_build.file) and not peer.pick and not peer.checkout
+    if old is None and not missing:
+        old = _out_of_step(peer, packages)
     if old is not None:
         name, summary = old
         return Result.warned(summary, found, fixes=(upgrade, instead), classes=(name,))
@@ -117,8 +120,8 @@ def real_bitsandbytes(
     return _no_binary(peer, torch_build, installer, host, (found, instead))
 
 
-def _old_version(peer: Peer, packages: Packages) -> tuple[str, str] | None:
-    """Class and sentence of a version with a known defect here."""
+def _too_old(peer: Peer) -> tuple[str, str] | None:
+    """Class and sentence of a version that no current torch works with."""
     number = versions.number(peer.version, 3)
     if number == (0, 42, 0) and not peer.cuda and not peer.cpu:
         return (
@@ -127,12 +130,18 @@ def _old_version(peer: Peer, packages: Packages) -> tuple[str, str] | None:
         )
     if number < (0, 43, 0):
         return "C1", f"bitsandbytes {peer.version} looks for CUDA in ways that fail with current installations"
+    return None
+
+
+def _out_of_step(peer: Peer, packages: Packages) -> tuple[str, str] | None:
+    """Class and sentence of a version that does not fit another package."""
+    number = versions.number(peer.version, 3)
     if number < (0, 45, 2) and versions.number(packages.version("triton") or "0") >= (3, 2):
         return (
             "D10",
             f"bitsandbytes {peer.version} imports triton.ops, which triton {packages.version('triton')} no longer has",
         )
-    if number < (0, 49, 2) and versions.number(packages.version("transformers") or "0") >= (5, 0):
+    if number < (0, 50, 0) and versions.number(packages.version("transformers") or "0") >= (5, 0):
         return (
             "E3",
             f"bitsandbytes {peer.version} is older than transformers {packages.version('transformers')} expects",

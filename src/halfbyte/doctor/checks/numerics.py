@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from halfbyte.doctor.checks.remedies import blame, without
+from halfbyte.doctor.checks.remedies import blame, class_of, without
 from halfbyte.doctor.facts.proofs import DeviceProof, Proofs, StepProof
 from halfbyte.doctor.model import Fix, Measurement, Result, Status
 from halfbyte.doctor.registry import check
 
-__all__ = ["judge"]
+__all__ = ["DIAGNOSED", "judge"]
 
-_DIAGNOSES = (
-    ("no kernel image", "B1"),
-    ("CUDA unknown error", "A4"),
-    ("named symbol not found", "B6"),
-    ("unsupported toolchain", "B7"),
-    ("cublasLt", "B8"),
-    ("out of memory", "E7"),
-    ("re-initialize CUDA in forked", "A12"),
-    ("0 active drivers", "D6"),
-    ("Failed to find C compiler", "D1"),
-    ("Python.h", "D2"),
-    ("ptxas", "D3"),
-    (".bf16", "B4"),
-)
+DIAGNOSED = ("A4", "A12", "B1", "B4", "B6", "B7", "B8", "D1", "D2", "D3", "D6", "E11")
+"""Classes that an error of a step may turn out to be."""
 
 
 def judge(proofs: Proofs, name: str) -> Result:
@@ -67,7 +55,7 @@ def _failed(failed: list[tuple[DeviceProof, StepProof]], aside: list[str]) -> Re
     if culprit is not None:
         lines.append(blame(culprit))
     text = " ".join(step.text for _, step in failed)
-    classes = ("B9",) if wrong else tuple(dict.fromkeys(name for part, name in _DIAGNOSES if part in text))[:1]
+    classes = ("B9",) if wrong else class_of(text)
     where = ", ".join(proof.label for proof, _ in failed)
     summary = f"wrong numbers on {where}" if wrong else f"does not run on {where}"
     if any(step.state == "crash" for _, step in failed):
@@ -83,7 +71,7 @@ def _failed(failed: list[tuple[DeviceProof, StepProof]], aside: list[str]) -> Re
     return Result(Status.FAIL, summary, (*lines, *aside), tuple(fixes), tuple(numbers), classes)
 
 
-@check("NUM101", requires=("TORCH105",), classes=("A4", "A8", "E7"))
+@check("NUM101", steps=("allocate",), requires=("TORCH105",), classes=(*DIAGNOSED, "B9"))
 def memory_works(proofs: Proofs) -> Result:
     """Memory on every device keeps what is written.
 
@@ -94,7 +82,7 @@ def memory_works(proofs: Proofs) -> Result:
     return judge(proofs, "allocate")
 
 
-@check("NUM102", requires=("TORCH105",), classes=("B1", "B2"))
+@check("NUM102", steps=("torch_op",), requires=("TORCH105",), classes=(*DIAGNOSED, "B9"))
 def torch_computes(proofs: Proofs) -> Result:
     """torch multiplies matrices rightly on every device, in fp32, fp16 and bf16.
 
@@ -105,7 +93,7 @@ def torch_computes(proofs: Proofs) -> Result:
     return judge(proofs, "torch_op")
 
 
-@check("NUM103", requires=("TORCH109",), classes=("B9",))
+@check("NUM103", steps=("nf4",), requires=("TORCH109",), classes=(*DIAGNOSED, "B9"))
 def nf4_round_trip(proofs: Proofs) -> Result:
     """NF4 quantizes and dequantizes rightly on every device.
 
@@ -116,45 +104,45 @@ def nf4_round_trip(proofs: Proofs) -> Result:
     return judge(proofs, "nf4")
 
 
-@check("NUM104", requires=("TORCH109",), classes=("B9",))
+@check("NUM104", steps=("fp4",), requires=("TORCH109",), classes=(*DIAGNOSED, "B9"))
 def fp4_round_trip(proofs: Proofs) -> Result:
     """FP4 quantizes and dequantizes rightly on every device.
 
-    What it means: as NUM103, for FP4.
-    Why it matters: as NUM103.
-    How to fix: as NUM103.
+    What it means: each code is the nearest of FP4's levels, absmax is exact, each decoded value has one rounding.
+    Why it matters: FP4 has its own order of codes and its own ties; a kernel that is right for NF4 may be wrong here.
+    How to fix: compute with HALFBYTE_BACKEND=reference and report the numbers.
     """
     return judge(proofs, "fp4")
 
 
-@check("NUM105", requires=("TORCH109",), classes=("B4", "B8", "B9"))
+@check("NUM105", steps=("matmul_4bit",), requires=("TORCH109",), classes=(*DIAGNOSED, "B9"))
 def matmul(proofs: Proofs) -> Result:
     """4-bit matrix products and their gradients are right on every device.
 
     What it means: 1, 5 and 33 rows times an NF4 weight agree with float64, in fp32, fp16 and bf16.
     Why it matters: this is what a quantized model spends its time on.
-    How to fix: as NUM103.
+    How to fix: compute with HALFBYTE_BACKEND=reference and report the numbers.
     """
     return judge(proofs, "matmul_4bit")
 
 
-@check("NUM106", requires=("TORCH109",), classes=("B9",))
+@check("NUM106", steps=("blockwise_8bit",), requires=("TORCH109",), classes=(*DIAGNOSED, "B9"))
 def blockwise(proofs: Proofs) -> Result:
     """8-bit blockwise quantization is right on every device.
 
     What it means: each code is the nearest of 256 values, absmax is exact, each decoded value has one rounding.
     Why it matters: 8-bit optimizer states and nested absmax go through it.
-    How to fix: as NUM103.
+    How to fix: compute with HALFBYTE_BACKEND=reference and report the numbers.
     """
     return judge(proofs, "blockwise_8bit")
 
 
-@check("NUM107", requires=("TORCH109",), classes=("B9", "C4"))
+@check("NUM107", steps=("optimizer_8bit",), requires=("TORCH109",), classes=(*DIAGNOSED, "B9"))
 def optimizer_step(proofs: Proofs) -> Result:
     """An 8-bit optimizer step changes the parameter by the amount it should.
 
     What it means: three AdamW steps on a tensor large enough for 8-bit states agree with the rule in float64.
     Why it matters: a step that merely changes something proves nothing.
-    How to fix: as NUM103.
+    How to fix: compute with HALFBYTE_BACKEND=reference and report the numbers.
     """
     return judge(proofs, "optimizer_8bit")

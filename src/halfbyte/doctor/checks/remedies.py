@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from halfbyte.doctor import versions
 from halfbyte.doctor.differential import Culprit
+from halfbyte.doctor.explain import explain
 from halfbyte.doctor.facts.gpu import Gpu
 from halfbyte.doctor.facts.installer import Installer
 from halfbyte.doctor.host import Host
 from halfbyte.doctor.model import Fix
 
-__all__ = ["ROCM_INDEX", "blame", "cache_folder", "fitting_torch", "without", "writable_cache"]
+__all__ = ["ROCM_INDEX", "blame", "cache_folder", "class_of", "fitting_torch", "without", "writable_cache"]
 
 ROCM_INDEX = "https://download.pytorch.org/whl/rocm6.4"
 
@@ -36,6 +37,15 @@ def fitting_torch(
         return ()
     title = f"install torch {wheel.torch} for CUDA {wheel.cuda}, which this GPU and driver can run"
     return (installer.install(title, wheel.requirement, index_url=wheel.index_url, force=True),)
+
+
+def class_of(text: str) -> tuple[str, ...]:
+    """The failure class that an error text shows, as ``explain`` names it; empty where none is known.
+
+    >>> class_of("PTXASError: Feature '.bf16' requires .target sm_80 or higher")
+    ('B4',)
+    """
+    return tuple(match.entry.id for match in explain(text))[:1]
 
 
 def blame(culprit: Culprit) -> str:

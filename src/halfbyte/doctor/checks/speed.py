@@ -46,7 +46,7 @@ def _serving(proof: DeviceProof) -> str:
     return next((name for name, reason in proof.backends if not reason), "none")
 
 
-@check("SPEED102", requires=("TRITON111",), classes=("D13",))
+@check("SPEED102", steps=("triton_kernel",), requires=("TRITON111",), classes=("D13",))
 def compile_time(proofs: Proofs) -> Result:
     """Compiling a kernel takes seconds, not minutes.
 
@@ -73,7 +73,7 @@ def compile_time(proofs: Proofs) -> Result:
     return Result(Status.PASS, f"the first kernel took {slowest.value:.1f} s", measurements=tuple(first))
 
 
-@check("SPEED103", requires=("TORCH109",), level=Level.FULL)
+@check("SPEED103", steps=("bandwidth",), requires=("TORCH109",), level=Level.FULL)
 def memory_bandwidth(proofs: Proofs) -> Result:
     """The memory bandwidth of every device is known.
 
@@ -84,7 +84,7 @@ def memory_bandwidth(proofs: Proofs) -> Result:
     return judge(proofs, "bandwidth")
 
 
-@check("SPEED104", requires=("TORCH109",), classes=("G1",), level=Level.FULL)
+@check("SPEED104", steps=("speed_4bit",), requires=("TORCH109",), classes=("G1",), level=Level.FULL)
 def four_bit_is_fast(proofs: Proofs) -> Result:
     """A 4-bit product at batch 1 is not slower than the same in 16 bits.
 

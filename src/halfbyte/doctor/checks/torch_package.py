@@ -25,7 +25,7 @@ _LOADER_CLASSES = (
 )
 
 
-@check("TORCH101", requires=("PY102",), classes=("A1",))
+@check("TORCH101", requires=("PY102",), classes=("A1", "C13", "F1"))
 def built_for_gpu(gpu: Gpu, torch_build: TorchBuild, installer: Installer, host: Host) -> Result:
     """torch was built for the GPU that is here.
 
@@ -183,11 +183,11 @@ def torch_imports(torch_import: TorchImport, torch_build: TorchBuild, installer:
             classes=("C12",) if shadow else classes or ("C6",),
         )
     return Result.failed(
-        f"import torch fails{how}", torch_import.error, *torch_import.trace[-4:], fixes=(again,), classes=classes
+        f"import torch fails{how}", torch_import.error, *torch_import.trace, fixes=(again,), classes=classes
     )
 
 
-@check("TORCH106", requires=("TORCH105", "TORCH102"), classes=("A3", "A4", "A9", "A10", "A11"))
+@check("TORCH106", requires=("TORCH105", "TORCH102"), classes=("A2", "A3", "A4", "A9", "A10", "A11"))
 def sees_gpus(torch_import: TorchImport, torch_build: TorchBuild, gpu: Gpu) -> Result:
     """torch sees every GPU of the machine.
 

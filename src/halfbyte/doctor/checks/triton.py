@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from halfbyte.doctor import versions
-from halfbyte.doctor.checks.remedies import blame, without, writable_cache
+from halfbyte.doctor.checks.remedies import blame, class_of, without, writable_cache
 from halfbyte.doctor.facts.gpu import Gpu
 from halfbyte.doctor.facts.installer import Installer
 from halfbyte.doctor.facts.loader import Loader
@@ -30,19 +30,6 @@ PTXAS_NEEDS = {
 """First CUDA release whose ptxas knows a compute capability. Source: release notes of CUDA 11.8, 12.8, 12.9, 13.0."""
 SECOND_PTXAS_FROM = (9, 0)
 """Triton 3.9 assembles for these with ``ptxas-blackwell``; see ``get_ptxas`` in its ``backends/nvidia/compiler.py``."""
-_DIAGNOSES = (
-    ("Failed to find C compiler", "D1"),
-    ("Python.h", "D2"),
-    ("ptxas", "D3"),
-    ("libcuda.so cannot found", "D4"),
-    ("/sbin/ldconfig", "D5"),
-    ("0 active drivers", "D6"),
-    ("Permission", "D7"),
-    ("Operation not permitted", "D8"),
-    ("should be defined in a Python file", "D12"),
-    (".bf16", "B4"),
-    ("no kernel image", "B1"),
-)
 
 
 @check("TRITON101", classes=("D9",))
@@ -306,7 +293,12 @@ def capability_for_triton(gpu: Gpu, torch_import: TorchImport) -> Result:
     return Result.passed("the GPUs are new enough for Triton")
 
 
-@check("TRITON111", requires=("TRITON101", "TORCH106"), classes=("D1", "D2", "D3", "D4", "D6", "D7", "D8", "B4"))
+@check(
+    "TRITON111",
+    steps=("triton_kernel",),
+    requires=("TRITON101", "TORCH106"),
+    classes=("B1", "B4", "D1", "D2", "D3", "D4", "D5", "D6", "D7", "D8", "D11", "D12"),
+)
 def kernel_runs(proofs: Proofs) -> Result:
     """A Triton kernel compiles and runs on every GPU.
 
@@ -327,7 +319,7 @@ def kernel_runs(proofs: Proofs) -> Result:
     proof, step = failed[0]
     if step.state == "blocked":
         return Result.skipped(f"not reached on {proof.label}: {step.text}")
-    classes = tuple(name for part, name in _DIAGNOSES if part in step.text)[:1]
+    classes = class_of(step.text)
     culprit = step.culprit
     fixes = (
         (without(culprit),)

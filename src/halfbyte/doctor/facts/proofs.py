@@ -111,7 +111,8 @@ def _steps(device: Device, full: bool) -> list[str]:
 
 
 def _prove(host: Host, device: Device, backend: str = "") -> DeviceProof:
-    names: list[str] = list(COMMON) if backend else _steps(device, host.full)
+    names = list(COMMON) if backend else _steps(device, host.full)
+    names = [name for name in names if name in BASIC or host.steps is None or name in host.steps]
     request = Request(
         "device",
         {"device": device.name, "steps": names, "thorough": host.full},

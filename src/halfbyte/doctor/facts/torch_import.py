@@ -103,8 +103,9 @@ def torch_import(host: Host, torch_build: TorchBuild, gpu: Gpu) -> TorchImport:
 
 
 def _failed(outcome: Outcome, culprit: Culprit | None) -> TorchImport:
-    lines = tuple(line for line in outcome.errors.splitlines() if line.strip())[-6:]
-    return TorchImport(error=outcome.error_text or outcome.ended, ended=outcome.ended, trace=lines, culprit=culprit)
+    return TorchImport(
+        error=outcome.error_text or outcome.ended, ended=outcome.ended, trace=outcome.telling_lines, culprit=culprit
+    )
 
 
 def _read(outcome: Outcome, mask: Culprit | None) -> TorchImport:

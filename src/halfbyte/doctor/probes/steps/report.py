@@ -48,7 +48,6 @@ class Step:
 
     def run(self, device: str, thorough: bool) -> Report:
         """Import and run it."""
-        function: Callable[[str, bool], Report] = getattr(
-            importlib.import_module(f"{__package__}.{self.module}"), self.function
-        )
+        module = importlib.import_module(f"{__package__}.{self.module}")
+        function: Callable[[str, bool], Report] = getattr(module, self.function)
         return function(device, thorough)

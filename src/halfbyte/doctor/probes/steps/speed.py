@@ -52,9 +52,8 @@ def four_bit_against_16(device: str, thorough: bool) -> Report:
         / copies
     )
     name = str(dtype).removeprefix("torch.")
-    report.notes.append(
-        f"4-bit product computed by {computed_by('gemm_4bit', row, packed, [size, size], absmax, 64, 'nf4')}"
-    )
+    backend = computed_by("gemm_4bit", row, packed, [size, size], absmax, 64, "nf4")
+    report.notes.append(f"4-bit product computed by {backend}")
     report.measure(f"{name} product", slow * 1e6, unit="us")
     report.measure("4-bit product", fast * 1e6, unit="us")
     report.measure(f"speed of 4-bit over {name}", slow / fast, SLOWEST, unit="x", at_least=True)
