@@ -16,7 +16,8 @@ from halfbyte.backends import registry
 from halfbyte.demo import assets
 from tests.support.poison import poisoned
 
-collect_ignore = ["golden/make.py", "golden/read_with_peer.py"]  # these import bitsandbytes
+# These import bitsandbytes.
+collect_ignore = ["golden/make.py", "golden/read_with_peer.py", "golden/optim/make.py", "golden/int8/make.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -166,3 +166,8 @@ def check_loaded(state: Mapping[str, Any], p: Tensor, rule: Rule) -> None:
                 f"{key} has {state[key].numel()} values for a parameter of shape {tuple(p.shape)}",
                 expected=f"{parts * p.numel()}",
             )
+        if state[key].dtype == torch.uint8:
+            missing = {f"qmap{slot.number}", f"absmax{slot.number}"} - state.keys()
+            if missing:
+                raise CheckpointError(f"an 8-bit optimizer state lacks {', '.join(sorted(missing))}")
+            blocksize_of(p.numel(), state[f"absmax{slot.number}"].shape[-1])

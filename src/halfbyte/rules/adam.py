@@ -9,7 +9,12 @@ __all__ = ["adam"]
 
 @rule(signed=(True, False), decay="decoupled")
 def adam(g: Value, m: Value, v: Value, h: Value) -> Value:
-    """Mean of gradients over the root of the mean of their squares, both freed of their bias towards zero."""
+    """Mean of gradients over the root of the mean of their squares, both freed of their bias towards zero.
+
+    Where the squares are zero there was no gradient and there is no update: in 8 bits a small ``v`` becomes zero before
+    its ``m`` does, and ``m / eps`` would throw the parameter away.
+    """
     m = h.beta1 * m + h.rest1 * g
     v = h.beta2 * v + h.rest2 * (g * g)
-    return (m / h.correction1) / (xp.sqrt(v) / h.correction2 + h.eps), m, v
+    update = (m / h.correction1) / (xp.sqrt(v) / h.correction2 + h.eps)
+    return xp.where(v > 0.0, update, 0.0), m, v

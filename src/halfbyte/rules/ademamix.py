@@ -9,8 +9,9 @@ __all__ = ["ademamix"]
 
 @rule(signed=(True, True, False), decay="decoupled")
 def ademamix(g: Value, fast: Value, slow: Value, v: Value, h: Value) -> Value:
-    """The fast mean is freed of its bias, the slow one is not; ``alpha`` weighs it."""
+    """The fast mean is freed of its bias, the slow one is not; ``alpha`` weighs it. No squares, no update: see Adam."""
     fast = h.beta1 * fast + h.rest1 * g
     slow = h.beta3 * slow + h.rest3 * g
     v = h.beta2 * v + h.rest2 * (g * g)
-    return (fast / h.correction1 + h.alpha * slow) / (xp.sqrt(v) / h.correction2 + h.eps), fast, slow, v
+    update = (fast / h.correction1 + h.alpha * slow) / (xp.sqrt(v) / h.correction2 + h.eps)
+    return xp.where(v > 0.0, update, 0.0), fast, slow, v
