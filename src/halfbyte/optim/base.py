@@ -31,6 +31,18 @@ del _backends
 _PAGED_FROM = 100_000
 """Values from which a paged optimizer pages a state."""
 
+_KEPT = (
+    "args",
+    "bias_correction",
+    "initialized",
+    "is_paged",
+    "name2qmap",
+    "non_castable_tensor_keys",
+    "optimizer_name",
+    "options",
+)
+"""What copies and pickles of an optimizer take along."""
+
 
 @dataclass
 class Bucket:
@@ -71,6 +83,14 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         self.bias_correction = True
         if optim_bits == 8:
             self.fillusual_map()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only groups, defaults and states.
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _KEPT}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mng = GlobalOptimManager.get_instance()
 
     # Settings
 
