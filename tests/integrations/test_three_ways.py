@@ -67,7 +67,9 @@ def test_python_m_bitsandbytes_is_the_doctor(shim_site: Path, tmp_path: Path) ->
     done = python(["-m", "bitsandbytes"], path=[shim_site], cwd=tmp_path)
     assert done.stdout.startswith("halfbyte "), done.stderr
     script = tmp_path / "fake_doctor.py"
-    script.write_text("import runpy, halfbyte.cli.main as m; m.main = print; runpy.run_module('bitsandbytes', None, '__main__')")
+    script.write_text(
+        "import runpy, halfbyte.cli.main as m; m.main = print; runpy.run_module('bitsandbytes', None, '__main__')"
+    )
     assert python(["-m", "halfbyte", "run", script], cwd=tmp_path).stdout == "[]\n"
 
 

@@ -176,11 +176,15 @@ class Params4bit(torch.nn.Parameter):
             return self._like(super().to(*args, **kwargs), None)
         if device is None and dtype is not None:
             return self
-        state = self.quant_state
+        state, data = self.quant_state, self.data
+        moved = data.to(device=device, non_blocking=non_blocking)
+        if moved is data and not kwargs.get("copy") and _is_on(state, moved.device):
+            # As torch does; a new parameter would lose its owner, whose quant_state then goes stale.
+            return self
         # On meta only the codes are given up: whoever brings them back finds the state where it was.
         if state is not None and device is not None and device.type != "meta":
             state = state.copy_to(device)
-        return self._like(self.data.to(device=device, non_blocking=non_blocking), state)
+        return self._like(moved, state)
 
     def adopted(self, applied: Tensor) -> Params4bit:
         """The parameter after ``Module._apply`` turned it into ``applied``: itself wherever torch allows."""
@@ -302,6 +306,10 @@ class Params4bit(torch.nn.Parameter):
     nested_quant_map = property(lambda self: self._state2.code, doc="Second-level code map.")
     nested_dtype = property(lambda self: self._state2.dtype, doc="Second-level dtype.")
     nested_offset = property(lambda self: self._state.offset, doc="Mean of absmax, under its serialized name.")
+
+
+def _is_on(state: QuantState | None, device: torch.device) -> bool:
+    return state is None or all(tensor.device == device for tensor in state.tensors())
 
 
 def _is_plain(data: Tensor, state: QuantState) -> bool:
