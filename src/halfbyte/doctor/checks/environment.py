@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from halfbyte import _env
-from halfbyte.doctor.facts.loader import Environment, Loader
+from halfbyte.doctor.facts.loader import GPU_MASKS, Environment, Loader
 from halfbyte.doctor.facts.packages import SHADOWED_OFTEN, Module, Packages
 from halfbyte.doctor.host import Host
 from halfbyte.doctor.model import Fix, Result
@@ -15,7 +15,6 @@ from halfbyte.errors import ArgumentError
 
 __all__: list[str] = []
 
-MASKS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 SLOW = {
     "CUDA_LAUNCH_BLOCKING": "every kernel waits for the one before",
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "every tensor asks the driver for memory",
@@ -126,7 +125,7 @@ def gpus_not_hidden(environment: Environment) -> Result:
     Why it matters: an empty value or -1 hides all GPUs, and torch says nothing.
     How to fix: unset the variable; in code, set it before torch is imported.
     """
-    for name in MASKS:
+    for name in GPU_MASKS:
         value = environment.get(name)
         if value is not None and value.strip() in {"", "-1", "NoDevFiles"}:
             return Result.warned(
@@ -135,7 +134,7 @@ def gpus_not_hidden(environment: Environment) -> Result:
                 fixes=(Fix("show the GPUs again", f"unset {name}"),),
                 classes=("A3",),
             )
-    shown = [f"{name}={value}" for name in MASKS if (value := environment.get(name)) is not None]
+    shown = [f"{name}={value}" for name in GPU_MASKS if (value := environment.get(name)) is not None]
     return Result.passed("no GPU is hidden" if not shown else "some GPUs are chosen", *shown)
 
 

@@ -8,6 +8,7 @@ from halfbyte.doctor import versions
 from halfbyte.doctor.checks.remedies import ROCM_INDEX, blame, fitting_torch, without
 from halfbyte.doctor.facts.gpu import Gpu
 from halfbyte.doctor.facts.installer import Installer
+from halfbyte.doctor.facts.loader import GPU_MASKS, Environment
 from halfbyte.doctor.facts.torch_build import TorchBuild
 from halfbyte.doctor.facts.torch_import import Device, TorchImport
 from halfbyte.doctor.host import Host
@@ -188,7 +189,7 @@ def torch_imports(torch_import: TorchImport, torch_build: TorchBuild, installer:
 
 
 @check("TORCH106", requires=("TORCH105", "TORCH102"), classes=("A2", "A3", "A4", "A9", "A10", "A11"))
-def sees_gpus(torch_import: TorchImport, torch_build: TorchBuild, gpu: Gpu) -> Result:
+def sees_gpus(torch_import: TorchImport, torch_build: TorchBuild, gpu: Gpu, environment: Environment) -> Result:
     """torch sees every GPU of the machine.
 
     What it means: `torch.cuda.device_count()` is what nvidia-smi lists, unless you chose a part of them.
@@ -204,14 +205,15 @@ def sees_gpus(torch_import: TorchImport, torch_build: TorchBuild, gpu: Gpu) -> R
     if count == 0:
         return _sees_none(torch_import)
     lines = [f"{each.label}, {each.memory / 2**30:.0f} GiB" + _capability(each) for each in torch_import.devices]
-    if count < expected:
+    chosen = [f"{name}={value}" for name in GPU_MASKS if (value := environment.get(name)) is not None]
+    if count < expected and not chosen:
         return Result.warned(
             f"torch sees {count} of {expected} GPUs",
             *lines,
-            fixes=(Fix("use them all", "unset CUDA_VISIBLE_DEVICES"),),
-            classes=("A3",),
+            fixes=(Fix("see whether each of them answers", "nvidia-smi"),),
+            classes=("A4",),
         )
-    return Result.passed(f"torch sees {count} GPU{'s' if count > 1 else ''}", *lines)
+    return Result.passed(f"torch sees {count} GPU{'s' if count > 1 else ''}", *lines, *chosen)
 
 
 def _capability(device: Device) -> str:
@@ -349,11 +351,7 @@ def one_runtime_loaded(torch_import: TorchImport) -> Result:
     Why it matters: two copies of a runtime hold two states, and pointers of one are strangers to the other.
     How to fix: unset LD_LIBRARY_PATH, or uninstall the package that brings the second copy.
     """
-    twice = {
-        name: places
-        for name, places in torch_import.mapped
-        if len({_file(p) for p in places}) > 1 and name != "libgomp"
-    }
+    twice = {name: places for name, places in torch_import.mapped if len(places) > 1}
     if twice:
         lines = [f"{name}: {place}" for name, places in twice.items() for place in places]
         return Result.warned(
@@ -363,10 +361,6 @@ def one_runtime_loaded(torch_import: TorchImport) -> Result:
             classes=("C7",),
         )
     return Result.passed("each library is loaded once")
-
-
-def _file(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
 
 
 @check("TORCH112", requires=("PY102",), classes=("F2", "F4"))

@@ -235,7 +235,7 @@ def _smi(host: Host) -> tuple[tuple[SmiGpu, ...], str, str]:
             rows = [[cell.strip() for cell in line.split(",")] for line in done.output.splitlines() if "," in line]
             rows = [row for row in rows if len(row) == count]
             return tuple(_smi_gpu(row) for row in rows), "", rows[0][1] if rows else ""
-    return (), (done.output.strip().splitlines() or [f"exit status {done.code}"])[-1], ""
+    return (), "; ".join(done.output.split("\n")).strip("; ")[:300] or f"exit status {done.code}", ""
 
 
 def _smi_gpu(row: list[str]) -> SmiGpu:

@@ -14,7 +14,10 @@ from halfbyte.doctor.host import Host
 from halfbyte.doctor.privacy import allowed
 from halfbyte.doctor.registry import fact
 
-__all__ = ["Loader", "Override", "environment", "loader"]
+__all__ = ["GPU_MASKS", "Environment", "Loader", "Override", "environment", "loader"]
+
+GPU_MASKS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+"""Variables that choose, or hide, GPUs."""
 
 _SENSITIVE = re.compile(
     r"(libcuda|libcudart|libnvJitLink|libcublas|libcublasLt|libcusparse|libcudnn|libnvrtc|libnccl|libstdc\+\+|libgomp"

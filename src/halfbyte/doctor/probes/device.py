@@ -30,7 +30,8 @@ def run(arguments: dict[str, Any], emit: Callable[..., None]) -> None:
         emit("step", step=name, seconds=time.perf_counter() - start, **report)
         if step.basic and report["state"] != "done":
             blocked_by = name
-    emit("backends", verdicts=_backends(device))
+    if not blocked_by:
+        emit("backends", verdicts=_backends(device))
 
 
 def _attempt(step: Step, device: str, thorough: bool) -> dict[str, Any]:
@@ -50,7 +51,5 @@ def _backends(device: str) -> list[list[str]]:
     from halfbyte.backends import explain
 
     os.environ.pop("HALFBYTE_BACKEND", None)
-    if torch.device(device).type != "cpu" and not torch.cuda.is_available():
-        return []
     verdicts = explain("quantize_4bit", torch.zeros(64, device=device), 64, "nf4", torch.uint8)
     return [[verdict.backend, verdict.reason or ""] for verdict in verdicts]

@@ -102,7 +102,7 @@ def _other_devices() -> list[dict[str, Any]]:
 
 def _mapped() -> dict[str, list[str]]:
     """CUDA libraries of this process by name, each with the files it is mapped from."""
-    wanted = ("libcuda.so", "libcudart", "libnvJitLink", "libcublas.so", "libcublasLt", "libstdc++", "libgomp")
+    wanted = ("libcuda.so", "libcudart", "libnvJitLink", "libcublas.so", "libcublasLt", "libcudnn.so")
     found: dict[str, list[str]] = {}
     try:
         with open("/proc/self/maps", errors="replace") as lines:  # noqa: PTH123

@@ -37,7 +37,7 @@ def torch_op(device: str, thorough: bool) -> Report:
     # Tensor cores may take fp32 as TF32 (10 bits) where the user allowed it; the 16-bit limits are 2 roundings of each.
     limits = {torch.float32: 2e-3, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
     for dtype, limit in limits.items():
-        got = (a.to(device, dtype) @ b.to(device, dtype)).double().cpu()
+        got = (a.to(device, dtype) @ b.to(device, dtype)).cpu().double()
         name = str(dtype).removeprefix("torch.")
         report.measure(f"matmul {name}, relative error", float((got - exact).norm() / exact.norm()), limit)
     return report

@@ -34,7 +34,7 @@ def _one(report: Report, device: str, signed: bool, blocksize: int) -> None:
     table = code.double()
     chosen = table[codes.cpu().long()].view(-1, blocksize)
     report.measure(
-        f"{label}: absmax, relative error", float((absmax.double().cpu()[:, None] / scale - 1).abs().max()), 2.0**-23
+        f"{label}: absmax, relative error", float((absmax.cpu().double()[:, None] / scale - 1).abs().max()), 2.0**-23
     )
     # The nearest of 256 sorted values is one of two neighbours.
     right = torch.searchsorted(table, exact / scale).clamp(1, 255)
@@ -42,5 +42,5 @@ def _one(report: Report, device: str, signed: bool, blocksize: int) -> None:
     excess = (exact / scale - chosen).abs() - nearest
     report.measure(f"{label}: code beyond the nearest", float(excess.max()), 1e-6)
     got = torch.ops.halfbyte.dequantize_blockwise(codes, absmax, code.to(device), blocksize, torch.float32)
-    error = (got.double().cpu().view(-1, blocksize) - chosen * scale) / scale
+    error = (got.cpu().double().view(-1, blocksize) - chosen * scale) / scale
     report.measure(f"{label}: dequantized", float(error.abs().max()), 2.0**-23)

@@ -54,7 +54,7 @@ def _one_round_trip(report: Report, quant_type: str, device: str, blocksize: int
     scale = _spread(_block_maximum(exact, blocksize), blocksize, count)
     report.measure(
         f"{label}: absmax, relative error",
-        _worst(_spread(absmax.double().cpu(), blocksize, count) / scale - 1),
+        _worst(_spread(absmax.cpu().double(), blocksize, count) / scale - 1),
         2.0**-23,
     )
     nearest = (exact[:, None] / scale[:, None] - table).abs().min(dim=1).values
@@ -62,7 +62,7 @@ def _one_round_trip(report: Report, quant_type: str, device: str, blocksize: int
     report.measure(f"{label}: code beyond the nearest", float((chosen - nearest).max()), CHOICE_LIMIT)
     for dtype, limit in DECODE_LIMITS.items():
         got = torch.ops.halfbyte.dequantize_4bit(packed, absmax, blocksize, quant_type, [count], dtype)
-        error = _worst((got.double().cpu() - table[codes] * scale) / scale)
+        error = _worst((got.cpu().double() - table[codes] * scale) / scale)
         report.measure(f"{label}: dequantized to {_name(dtype)}", error, limit)
     report.notes.append(f"{label}: error of the format itself {_share(table[codes] * scale, exact):.4f} of the values")
 
@@ -74,7 +74,7 @@ def matmul(device: str, thorough: bool) -> Report:
     weight = random(out_features, in_features).float().to(device)
     packed, absmax = torch.ops.halfbyte.quantize_4bit(weight, 64, "nf4", torch.uint8)
     table = torch.tensor(codebook("nf4").levels, dtype=torch.float64)
-    scale = _spread(absmax.double().cpu(), 64, weight.numel())
+    scale = _spread(absmax.cpu().double(), 64, weight.numel())
     exact = (table[_unpack(packed)[: weight.numel()]] * scale).view(out_features, in_features)
     for dtype, limit in MATMUL_LIMITS.items():
         if dtype == torch.float32 and torch.device(device).type != "cpu":
@@ -84,13 +84,13 @@ def matmul(device: str, thorough: bool) -> Report:
             arguments = (a.to(device), packed, [out_features, in_features], absmax, 64, "nf4")
             report.notes.append(f"{rows} rows, {_name(dtype)}: computed by {computed_by('gemm_4bit', *arguments)}")
             got = torch.ops.halfbyte.gemm_4bit(*arguments)
-            error = _share(got.double().cpu(), a.double() @ exact.T)
+            error = _share(got.cpu().double(), a.double() @ exact.T)
             report.measure(f"{rows} row{'s' if rows > 1 else ''}, {_name(dtype)}", error, limit)
         gradient = random(5, out_features, seed=7).to(dtype)
         back = torch.ops.halfbyte.gemm_4bit_dgrad(
             gradient.to(device), packed, [out_features, in_features], absmax, 64, "nf4"
         )
-        error = _share(back.double().cpu(), gradient.double() @ exact)
+        error = _share(back.cpu().double(), gradient.double() @ exact)
         report.measure(f"gradient, {_name(dtype)}", error, limit)
     return report
 

@@ -36,7 +36,7 @@ def adamw_step(device: str, thorough: bool) -> Report:
         optimizer.step()
         if number in {1, 3}:
             change = float((expected - previous).norm())
-            error = float((parameter.detach().double().cpu() - expected).norm()) / change
+            error = float((parameter.detach().cpu().double() - expected).norm()) / change
             limit = STEP_LIMIT if number == 1 else STATE_LIMIT
             report.measure(f"AdamW8bit, step {number}: error in the change", error, limit)
         previous = expected
