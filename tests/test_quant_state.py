@@ -122,6 +122,15 @@ def test_no_tensor_is_shared_between_serialized_states() -> None:
     assert len(pointers) == len(set(pointers))
 
 
+def test_states_that_share_a_code_map_serialize_apart() -> None:
+    first, second = state_of(), state_of(seed=1)
+    assert first.state2 is not None
+    assert second.state2 is not None
+    second.state2.code = first.state2.code
+    maps = [state.as_dict(packed=True)["nested_quant_map"] for state in (first, second)]
+    assert maps[0].data_ptr() != maps[1].data_ptr()
+
+
 @pytest.mark.parametrize("source", [{}, {"a": 1, "b": [1, 2], "c": None, "d": "ü"}, {"x": 0.1}])
 def test_packed_dictionaries_read_back(source: dict[str, Any]) -> None:
     tensor = pack_dict_to_tensor(source)

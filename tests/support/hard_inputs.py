@@ -35,6 +35,9 @@ HARD: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
     "smallest subnormals": lambda dtype: torch.tensor(
         [torch.finfo(dtype).smallest_normal * f for f in (2**-6, -(2**-6), 2**-5, 0.5, -1.0)], dtype=dtype
     ),
+    "nothing but subnormals": lambda dtype: (
+        torch.linspace(-1, 1, 77).mul(torch.finfo(dtype).smallest_normal / 8).to(dtype)
+    ),
     "smallest normals": lambda dtype: weights(100, torch.float32).mul(torch.finfo(dtype).tiny * 64).to(dtype),
     "largest values": lambda dtype: (weights(100).sign() * torch.linspace(0.1, 1, 100) * torch.finfo(dtype).max).to(
         dtype
