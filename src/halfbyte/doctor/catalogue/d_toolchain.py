@@ -172,6 +172,7 @@ CLASSES = (
             r"Permission denied:? '?[^'\n]*[\\/]\.?triton\b",
             r"(?:PermissionError|Permission denied)[^\n]{0,400}[\\/]triton[\\/][^\n]{0,400}\.lock",
             r"/tmp/triton/\S*\.lock",
+            r"triton[\\/]runtime[\\/]cache\.py[\s\S]{0,1500}?^[^\n]{0,80}?(?:PermissionError|FileNotFoundError|NotADirectoryError|OSError):",
             r"Read-only file system: '[^'\n]*(?:\.triton|[\\/]triton|torchinductor)",
         ),
         here="halfbyte moves the cache to a temporary folder by itself.",

@@ -34,7 +34,7 @@ def compiled(text: str) -> re.Pattern[str]:
             return _GAP
         return f"[{_QUOTES}]" if token[0] == "'" else token[0].replace("'", _QUOTES)
 
-    return re.compile(_TOKEN.sub(replace, text), re.IGNORECASE)
+    return re.compile(_TOKEN.sub(replace, text), re.IGNORECASE | re.MULTILINE)
 
 
 @dataclass(frozen=True)
