@@ -47,7 +47,7 @@ def package_table(**changed: str | None) -> Packages:
 
 def proof_of(device: Device, **changed: StepProof) -> DeviceProof:
     """A device on which every step went well, but for those given."""
-    names = ["allocate", "torch_op", "nf4", "fp4", "matmul_4bit", "blockwise_8bit", "optimizer_8bit"]
+    names = ["allocate", "torch_op", "nf4", "fp4", "matmul_4bit", "blockwise_8bit", "int8", "optimizer_8bit"]
     names.append("numba_kernel" if device.name == "cpu" else "triton_kernel")
     good = {name: StepProof("done", measurements=(Measurement(device.name, name, 1e-7, 1e-6),)) for name in names}
     if device.name != "cpu":

@@ -146,3 +146,14 @@ def optimizer_step(proofs: Proofs) -> Result:
     How to fix: compute with HALFBYTE_BACKEND=reference and report the numbers.
     """
     return judge(proofs, "optimizer_8bit")
+
+
+@check("NUM108", steps=("int8",), requires=("TORCH109",), classes=(*DIAGNOSED, "B9"))
+def int8_products(proofs: Proofs) -> Result:
+    """LLM.int8() products are right on every device.
+
+    What it means: codes are the nearest, integer products are exact, those with outlier columns agree with float64.
+    Why it matters: int8 was seen to give gibberish on some GPUs, without an error.
+    How to fix: compute with HALFBYTE_BACKEND=reference and report the numbers; or load in 4 bits.
+    """
+    return judge(proofs, "int8")

@@ -128,13 +128,17 @@ def _verdict(findings: Sequence[Finding], level: Level) -> tuple[str, int]:
         works = f"halfbyte works here ({verified})" if verified else "Nothing is broken"
         limits = f"with {count} limits; the first" if count > 1 else "with one limit"
         return f"{works}, {limits}: {first.result.summary}.{_command(first)}", WORKS_WITH_LIMITS
-    passed = len(by_status[Status.PASS])
-    numbers = sum(each.limit is not None for finding in findings for each in finding.result.measurements)
+    passed = _count(len(by_status[Status.PASS]), "check")
+    limits = sum(each.limit is not None for finding in findings for each in finding.result.measurements)
     if verified:
-        return f"halfbyte works here: {verified} ({passed} checks, {numbers} numbers within tolerance)", WORKS
+        return f"halfbyte works here: {verified} ({passed}, {_count(limits, 'number')} within tolerance)", WORKS
     if level is Level.QUICK:
-        return f"Nothing wrong found in {passed} quick checks. For proof, type: halfbyte doctor", WORKS
-    return f"Nothing wrong found in {passed} checks", WORKS
+        return f"Nothing wrong found in {passed}, read from files. For proof, type: halfbyte doctor", WORKS
+    return f"Nothing wrong found in {passed}", WORKS
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _command(finding: Finding) -> str:

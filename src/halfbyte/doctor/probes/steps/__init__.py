@@ -18,6 +18,7 @@ STEPS: dict[str, Step] = {
     "fp4": Step("four_bit", "fp4"),
     "matmul_4bit": Step("four_bit", "matmul"),
     "blockwise_8bit": Step("blockwise", "round_trip"),
+    "int8": Step("int8", "linear"),
     "optimizer_8bit": Step("optimizer", "adamw_step"),
     "bandwidth": Step("speed", "bandwidth", full=True),
     "speed_4bit": Step("speed", "four_bit_against_16", full=True),
