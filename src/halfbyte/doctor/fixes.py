@@ -109,7 +109,7 @@ def install_command(
         return f"conda {'update' if upgrade and word == name else 'install'} -c conda-forge {flag}{_conda_word(word)}"
     if tool == "uv-project":
         flags = f"--upgrade-package {name} " if upgrade else f"--reinstall-package {name} " if force else ""
-        return f"uv add {flags}{word}" + (f" --index {index_url}" if index_url else "")
+        return f"uv add {flags}{word}" + (f" --index {_source(index_url)}={index_url}" if index_url else "")
     if tool == "poetry" and not force:
         return _poetry(word, name, index_url, upgrade)
     start = {
@@ -128,6 +128,11 @@ def _name(requirement: str) -> str:
     return re.split(r"[^\w.\-]", requirement)[0]
 
 
+def _source(index_url: str) -> str:
+    """Name for an index in a project's file; with a name, the tool takes only that package from there."""
+    return "pytorch-" + index_url.rstrip("/").rsplit("/", 1)[-1]
+
+
 def _conda_word(word: str) -> str:
     # On conda-forge the package is called pytorch; pytorch-gpu asks for a build with CUDA.
     return re.sub(r'^("?)torch\b', r"\1pytorch-gpu", word)
@@ -136,7 +141,7 @@ def _conda_word(word: str) -> str:
 def _poetry(word: str, name: str, index_url: str | None, upgrade: bool) -> str:
     if index_url is None:
         return f"poetry add {name}@latest" if upgrade and word == name else f"poetry add {word}"
-    source = "pytorch-" + index_url.rstrip("/").rsplit("/", 1)[-1]
+    source = _source(index_url)
     return f"poetry source add --priority explicit {source} {index_url} && poetry add --source {source} {word}"
 
 
