@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from halfbyte import backends as _backends  # defines and binds the ops
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats.dynamic import dynamic_map
-from halfbyte.ops.optimizer import NEAREST
-from halfbyte.optim import clipping, serialization, sharding
+from halfbyte.optim import buckets, clipping, serialization, sharding
 from halfbyte.optim import state as storage
 from halfbyte.optim.hyper import hyper_tensor, least
 from halfbyte.optim.manager import GlobalOptimManager, MockArgs
@@ -42,21 +40,6 @@ _KEPT = (
     "options",
 )
 """What copies and pickles of an optimizer take along."""
-
-
-@dataclass
-class Bucket:
-    """Parameters that one op call steps: same settings, same kind of state, same device."""
-
-    rule: Rule
-    settings: dict[str, Any]
-    skip_zeros: bool
-    blocksize: int
-    maps: list[Tensor]
-    params: list[Tensor] = field(default_factory=list[Tensor])
-    grads: list[Tensor] = field(default_factory=list[Tensor])
-    states: list[Tensor] = field(default_factory=list[Tensor])
-    absmax: list[Tensor] = field(default_factory=list[Tensor])
 
 
 class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
@@ -277,69 +260,47 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         return state
 
     def _update(self, chosen: Iterable[tuple[dict[str, Any], Tensor, int, int]]) -> None:
-        found: dict[Hashable, Bucket] = {}
+        found: dict[Hashable, buckets.Bucket] = {}
         for group, p, gindex, pindex in chosen:
             state = self._ensure_state(group, p, gindex, pindex)
             state["step"] += 1
             self._assign(found, p, state, self.get_config(gindex, pindex, group))
-        for bucket in found.values():
-            self._run(bucket)
+        buckets.run(found.values(), lambda bucket: self._hyper(bucket.settings, bucket.device))
 
-    def _assign(self, found: dict[Hashable, Bucket], p: Tensor, state: dict[str, Any], config: dict[str, Any]) -> None:
+    def _assign(
+        self, found: dict[Hashable, buckets.Bucket], p: Tensor, state: dict[str, Any], config: dict[str, Any]
+    ) -> None:
         assert p.grad is not None
-        rule, eight = self.rule, storage.is_8bit(state)
+        rule, eight, part = self.rule, storage.is_8bit(state), sharding.part_of(p)
         settings = self._settings(config, state["step"])
         param, grad = sharding.local(p.detach()), sharding.local(p.grad.detach())
-        states = storage.states_of(state, rule)
         absmax = storage.absmax_of(state, rule) if eight else []
         maps = storage.maps_of(state, rule) if eight else []
-        blocksize = storage.blocksize_of(param.numel(), absmax[0].numel()) if eight else 0
+        blocksize = storage.blocksize_here(p, absmax[0]) if eight else 0
         if self.options.percentile_clipping < 100:
+            squared = sharding.total(grad.float().square().sum(), p)
             settings["grad_scale"] = clipping.percentile_scale(
-                grad, state["gnorm_vec"], state["step"], self.options.percentile_clipping
+                squared, state["gnorm_vec"], state["step"], self.options.percentile_clipping
             )
         if config["max_unorm"] > 0.0:
             settings["update_scale"] = self._trust(p, state, settings, config)
         key = (
             param.device,
-            eight,
             blocksize,
             config["skip_zeros"],
+            id(part.group),
             *map(id, maps),
             *(id(value) if isinstance(value, Tensor) else value for value in settings.values()),
         )
-        bucket = found.get(key)
-        if bucket is None:
-            bucket = found[key] = Bucket(rule, settings, config["skip_zeros"], blocksize, maps)
-        bucket.params.append(param)
-        bucket.grads.append(grad)
-        bucket.states += states
-        bucket.absmax += absmax
+        if key not in found:
+            bucket = buckets.Bucket(rule, settings, config["skip_zeros"], blocksize, maps, param.device)
+            if self.options.stochastic_rounding:
+                bucket.seed = int(state["step"]) * 40503 & 0x7FFFFFFF
+            found[key] = bucket
+        found[key].add(part, param, grad, storage.states_of(state, rule), absmax)
 
     def _hyper(self, settings: dict[str, Any], device: torch.device) -> Tensor:
         return hyper_tensor(device, **settings, bias_correction=self.bias_correction)
-
-    def _run(self, bucket: Bucket) -> None:
-        hyper = self._hyper(bucket.settings, bucket.params[0].device)
-        seed = NEAREST
-        if self.options.stochastic_rounding:
-            seed = int(bucket.settings["step"]) * 40503 & 0x7FFFFFFF
-        name, skip = bucket.rule.name, bucket.skip_zeros
-        if bucket.blocksize:
-            _ops.optimizer_step_8bit(
-                bucket.params,
-                bucket.grads,
-                bucket.states,
-                bucket.absmax,
-                bucket.maps,
-                hyper,
-                bucket.blocksize,
-                name,
-                skip,
-                seed,
-            )
-        else:
-            _ops.optimizer_step_32bit(bucket.params, bucket.grads, bucket.states, hyper, name, skip, seed)
 
     def _trust(self, p: Tensor, state: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> Tensor:
         """Factor that keeps the update's norm below ``max_unorm`` times the parameter's: LARS' and LAMB's bound."""
@@ -348,9 +309,9 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         states = storage.states_of(state, rule)
         if storage.is_8bit(state):
             scales = storage.absmax_of(state, rule)
-            blocksize = storage.blocksize_of(param.numel(), scales[0].numel())
+            blocksize = storage.blocksize_here(p, scales[0])
             states = [
-                _ops.dequantize_blockwise(codes, absmax, code, blocksize, torch.float32)
+                sharding.decode(codes, absmax, code, blocksize, p)
                 for codes, absmax, code in zip(states, scales, storage.maps_of(state, rule), strict=True)
             ]
         hyper = self._hyper(settings, param.device)

@@ -26,18 +26,17 @@ def check_percentile(percentile: int) -> int:
     return percentile
 
 
-def percentile_scale(gradient: Tensor, history: Tensor, step: Any, percentile: int) -> Tensor:
+def percentile_scale(squared: Tensor, history: Tensor, step: Any, percentile: int) -> Tensor:
     """Factor, fp32 scalar on the gradient's device, that brings the gradient to the bound; 1 where it is below.
 
     The bound is the norm at ``percentile`` of the 100 sorted ones. The first step fills all places of ``history``.
 
     Args:
-        gradient: Any float dtype.
+        squared: fp32 scalar, the gradient's squared norm.
         history: fp32 ``(100,)`` squared norms, updated in place.
         step: Number of this step, from 1.
         percentile: 1 to 99.
     """
-    squared = gradient.detach().float().square().sum()
     place = torch.arange(HISTORY, device=history.device)
     history.copy_(torch.where((place == step % HISTORY) | torch.as_tensor(step == 1), squared, history))
     bound, current = history.sort().values[percentile].sqrt(), squared.sqrt()

@@ -43,7 +43,7 @@ def wrapped(state_dict: dict[str, Any], optimizer: Optimizer8bit) -> dict[str, A
             if key.startswith("qmap"):
                 inner[key] = value.clone()
             elif key.startswith("absmax"):
-                inner[key] = sharding.gather_absmax(value, p)
+                inner[key] = sharding.gather_absmax(value, p, storage.blocksize_here(p, value))
         found[index] = {**kept, storage.WRAPPER: inner}
     return {**state_dict, "state": found}
 
@@ -68,7 +68,8 @@ def release(optimizer: Optimizer8bit, move_to_device: bool) -> None:
         if "state1" not in entries:
             continue
         storage.check_loaded(entries, p, optimizer.rule)
-        sharding.localize(entries, p)
+        blocksize = storage.blocksize_of(p.numel(), entries["absmax1"].shape[-1]) if "absmax1" in entries else 0
+        sharding.localize(entries, p, blocksize)
         if move_to_device:
             move(entries, p.device)
         _normalize(entries, p, optimizer)

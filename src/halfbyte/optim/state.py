@@ -20,6 +20,7 @@ __all__ = [
     "WRAPPER",
     "Slot",
     "absmax_of",
+    "blocksize_here",
     "blocksize_of",
     "check_loaded",
     "fill",
@@ -138,6 +139,13 @@ def blocksize_of(numel: int, count: int) -> int:
         f"an optimizer state of {numel} values has {count} absmax values",
         expected=f"one for each {BLOCKSIZE} or each {OLD_BLOCKSIZE}",
     )
+
+
+def blocksize_here(p: Tensor, absmax: Tensor) -> int:
+    """Values per block of a state of which this process holds these scales."""
+    if sharding.local_blocks(p, BLOCKSIZE) == absmax.shape[-1]:
+        return BLOCKSIZE
+    return OLD_BLOCKSIZE
 
 
 def check_loaded(state: Mapping[str, Any], p: Tensor, rule: Rule) -> None:
