@@ -31,6 +31,8 @@ def report_of(facts: dict[str, Any]) -> Report:
 def broken() -> dict[str, Any]:
     facts = healthy_facts()
     facts["gpu"] = replace(facts["gpu"], driver="550.54.14", userspace="550.54.14")
+    facts["torch_import"] = replace(facts["torch_import"], devices=(), cuda_error="the driver is too old (12040)")
+    facts["proofs"] = Proofs((proof_of(Device("cpu")),))
     return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,3 +159,36 @@ def test_a_check_without_documentation_is_refused():
     with pytest.raises(ArgumentError, match="docstring of check PY999"):
         registry.check("PY999")(lambda: None)
     assert "PY999" not in {check.code for check in registry.checks()}
+
+
+def old_driver() -> dict[str, Any]:
+    facts = healthy_facts()
+    facts["gpu"] = replace(facts["gpu"], driver="550.54.14", userspace="550.54.14")
+    return facts
+
+
+def test_what_was_tried_and_works_makes_a_failure_that_was_only_read_a_warning():
+    report = report_of(old_driver())
+    found = statuses(report)
+    assert (found["TORCH102"], found["TORCH106"], report.exit_code) == (Status.WARN, Status.PASS, 1)
+
+
+def test_what_was_tried_and_fails_too_is_not_reached_and_its_words_are_kept():
+    facts = old_driver()
+    facts["torch_import"] = replace(facts["torch_import"], devices=(), cuda_error="the driver is too old (12040)")
+    report = report_of(facts)
+    found = {finding.check.code: finding.result for finding in report.findings}
+    assert (found["TORCH102"].status, found["TORCH106"].status) == (Status.FAIL, Status.BLOCKED)
+    assert "the driver is too old (12040)" in found["TORCH102"].evidence
+    assert report.exit_code == 2
+
+
+def test_what_was_not_tried_stays_a_failure():
+    assert statuses(report_of(old_driver(), Level.QUICK))["TORCH102"] is Status.FAIL
+
+
+@pytest.mark.parametrize("check", [each for each in registry.checks() if each.proof], ids=lambda check: check.code)
+def test_a_proof_is_a_check_that_computes(check: Check):
+    proof = next(each for each in registry.checks() if each.code == check.proof)
+    assert proof.level is Level.DEFAULT
+    assert check.code not in proof.requires

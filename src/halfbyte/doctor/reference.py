@@ -42,6 +42,7 @@ def _check(check: registry.Check) -> Iterator[str]:
         yield ""
     parts = [f"Level: {_level(check)}"]
     parts += [f"requires {', '.join(check.requires)}"] if check.requires else []
+    parts += [f"{check.proof} tries it"] if check.proof else []
     parts += [f"detects {', '.join(check.classes)}"] if check.classes else []
     yield "; ".join(parts) + "."
 

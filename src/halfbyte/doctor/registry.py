@@ -39,6 +39,8 @@ class Check:
         wants: Names of those facts.
         requires: Codes that must hold first; while one fails this is "not reached".
         classes: Failure classes it detects.
+        proof: Code of the check that tries what this one reads. Where it passes, a failure here is a warning; where it
+            fails as well, this one is the cause.
         steps: Steps of the proofs whose outcome it looks at; others need not run for it.
         asked_level: The lowest level that runs it, as registered; see :attr:`level`.
     """
@@ -48,6 +50,7 @@ class Check:
     wants: tuple[str, ...]
     requires: tuple[str, ...]
     classes: tuple[str, ...]
+    proof: str
     steps: tuple[str, ...]
     asked_level: Level
 
@@ -97,6 +100,7 @@ def check(
     *,
     requires: tuple[str, ...] = (),
     classes: tuple[str, ...] = (),
+    proof: str = "",
     steps: tuple[str, ...] = (),
     level: Level = Level.QUICK,
 ) -> Callable[[F], F]:
@@ -109,7 +113,9 @@ def check(
     def decorate(function: F) -> F:
         if code in _checks:
             raise ArgumentError(f"a check with code {code!r} is registered already")
-        made = Check(code, function, tuple(inspect.signature(function).parameters), requires, classes, steps, level)
+        made = Check(
+            code, function, tuple(inspect.signature(function).parameters), requires, classes, proof, steps, level
+        )
         if tuple(made.sections) != HEADINGS or not made.layer:
             raise ArgumentError(f"docstring of check {code}", expected=f"the parts {', '.join(HEADINGS)}")
         _checks[code] = made

@@ -7,7 +7,7 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.doctor import registry
@@ -96,6 +96,7 @@ def run_checks(facts: Facts, checks: Sequence[Check], asked: frozenset[str]) -> 
     facts.prefetch(sorted(wanted))
     for check in later:
         results[check.code] = _run(check, facts, results)
+    _weigh_proofs(ordered, results)
     return [Finding(check, results[check.code], check.code in asked) for check in checks]
 
 
@@ -116,6 +117,21 @@ def _by_requirement(checks: Sequence[Check]) -> list[Check]:
         done |= {check.code for check in ready}
         waiting = [check for check in waiting if check.code not in done]
     return ordered
+
+
+def _weigh_proofs(checks: Sequence[Check], results: dict[str, Result]) -> None:
+    """Let what was tried decide over what was read; see :attr:`Check.proof`."""
+    for check in checks:
+        read, tried = results[check.code], results.get(check.proof)
+        if read.status is not Status.FAIL or tried is None:
+            continue
+        if tried.status is Status.PASS:
+            note = f"yet {check.proof} passes: it works all the same"
+            results[check.code] = replace(read, status=Status.WARN, evidence=(*read.evidence, note))
+        elif tried.status is Status.FAIL:
+            evidence = (*read.evidence, *(line for line in tried.evidence if line not in read.evidence))
+            results[check.code] = replace(read, evidence=evidence)
+            results[check.proof] = Result(Status.BLOCKED, f"not reached: {check.code} comes first")
 
 
 def _run(check: Check, facts: Facts, results: Mapping[str, Result]) -> Result:

@@ -69,7 +69,7 @@ def container_has_gpu(gpu: Gpu) -> Result:
     )
 
 
-@check("GPU103", requires=("GPU101",), classes=("A7", "F1"))
+@check("GPU103", requires=("GPU101",), classes=("A7", "F1"), proof="TORCH106")
 def device_permissions(gpu: Gpu, host: Host) -> Result:
     """You may open the GPU's device files.
 
@@ -100,7 +100,7 @@ def device_permissions(gpu: Gpu, host: Host) -> Result:
     return Result.passed("the device files can be opened")
 
 
-@check("GPU104", requires=("GPU103",), classes=("A8",))
+@check("GPU104", requires=("GPU103",), classes=("A8",), proof="TORCH106")
 def device_answers(gpu: Gpu) -> Result:
     """The GPU's control device answers.
 
@@ -121,7 +121,7 @@ def device_answers(gpu: Gpu) -> Result:
     return Result.passed("the control device answers") if gpu.nodes else Result.skipped("no NVIDIA device files")
 
 
-@check("GPU105", requires=("GPU101",), classes=("A5",))
+@check("GPU105", requires=("GPU101",), classes=("A5",), proof="TORCH106")
 def driver_versions_agree(gpu: Gpu) -> Result:
     """The loaded driver and its libraries are of one version.
 
@@ -143,7 +143,7 @@ def driver_versions_agree(gpu: Gpu) -> Result:
     return Result.passed(f"kernel module and libraries are {gpu.driver}")
 
 
-@check("GPU106", requires=("GPU101",), classes=("A4",))
+@check("GPU106", requires=("GPU101",), classes=("A4",), proof="TORCH106")
 def unified_memory_module(gpu: Gpu) -> Result:
     """The driver's memory module is loaded.
 
@@ -164,7 +164,7 @@ def unified_memory_module(gpu: Gpu) -> Result:
     return Result.failed("/dev/nvidia-uvm is missing", "CUDA will say: unknown error", fixes=(fix,), classes=("A4",))
 
 
-@check("GPU107", requires=("GPU101",), classes=("A9", "A10"))
+@check("GPU107", requires=("GPU101",), classes=("A9", "A10"), proof="TORCH106")
 def no_compat_library(gpu: Gpu, loader: Loader) -> Result:
     """No compatibility libcuda stands in front of the driver's own.
 
@@ -187,7 +187,7 @@ def no_compat_library(gpu: Gpu, loader: Loader) -> Result:
     )
 
 
-@check("GPU108", requires=("GPU101",), classes=("A11",))
+@check("GPU108", requires=("GPU101",), classes=("A11",), proof="TORCH106")
 def fabric_manager(gpu: Gpu) -> Result:
     """The fabric manager runs where GPUs are joined by NVSwitch.
 
@@ -213,7 +213,7 @@ def fabric_manager(gpu: Gpu) -> Result:
     return Result.passed("the fabric manager runs")
 
 
-@check("GPU109", classes=("A13",))
+@check("GPU109", classes=("A13",), proof="TORCH106")
 def wsl_library(gpu: Gpu, loader: Loader) -> Result:
     """Under WSL, Windows' driver is found and no Linux driver is installed.
 

@@ -66,7 +66,7 @@ def _driver_line(gpu: Gpu) -> list[str]:
     return [f"NVIDIA driver {gpu.driver}" + (f" (CUDA {newest})" if newest else "")]
 
 
-@check("TORCH102", requires=("PY102", "TORCH101"), classes=("A2", "B7"))
+@check("TORCH102", requires=("PY102", "TORCH101"), classes=("A2", "B7"), proof="TORCH106")
 def driver_new_enough(gpu: Gpu, torch_build: TorchBuild, installer: Installer, host: Host) -> Result:
     """The driver is new enough for torch's CUDA version.
 
@@ -93,7 +93,7 @@ def driver_new_enough(gpu: Gpu, torch_build: TorchBuild, installer: Installer, h
     return Result.passed(f"driver {gpu.driver} runs CUDA {torch_build.cuda} (needs {needed})")
 
 
-@check("TORCH103", requires=("TORCH101",), classes=("B1", "B2"))
+@check("TORCH103", requires=("TORCH101",), classes=("B1", "B2"), proof="NUM102")
 def architecture_in_build(gpu: Gpu, torch_build: TorchBuild, installer: Installer, host: Host) -> Result:
     """torch's build has code for every GPU.
 
@@ -188,7 +188,7 @@ def torch_imports(torch_import: TorchImport, torch_build: TorchBuild, installer:
     )
 
 
-@check("TORCH106", requires=("TORCH105", "TORCH102"), classes=("A2", "A3", "A4", "A9", "A10", "A11"))
+@check("TORCH106", requires=("TORCH105", "TORCH101"), classes=("A2", "A3", "A4", "A9", "A10", "A11"))
 def sees_gpus(torch_import: TorchImport, torch_build: TorchBuild, gpu: Gpu, environment: Environment) -> Result:
     """torch sees every GPU of the machine.
 
@@ -245,7 +245,7 @@ def _sees_none(torch_import: TorchImport) -> Result:
     return Result.failed("torch finds no GPU", *answers, fixes=(fix,), classes=("A4",))
 
 
-@check("TORCH107", requires=("TORCH106",), classes=("B1", "B2"))
+@check("TORCH107", requires=("TORCH106",), classes=("B1", "B2"), proof="NUM102")
 def architecture_of_devices(
     torch_import: TorchImport, torch_build: TorchBuild, installer: Installer, host: Host, gpu: Gpu
 ) -> Result:

@@ -81,7 +81,7 @@ def triton_fits_torch(toolchain: Toolchain, torch_build: TorchBuild, installer: 
     return Result.passed(f"triton {toolchain.triton} is what torch asks for")
 
 
-@check("TRITON103", requires=("TRITON101",), classes=("D1",))
+@check("TRITON103", requires=("TRITON101",), classes=("D1",), proof="TRITON111")
 def c_compiler(toolchain: Toolchain, installer: Installer, host: Host) -> Result:
     """A C compiler is there for Triton.
 
@@ -108,7 +108,7 @@ def c_compiler(toolchain: Toolchain, installer: Installer, host: Host) -> Result
     )
 
 
-@check("TRITON104", requires=("TRITON101",), classes=("D2",))
+@check("TRITON104", requires=("TRITON101",), classes=("D2",), proof="TRITON111")
 def python_headers(toolchain: Toolchain, installer: Installer, host: Host) -> Result:
     """Python's C headers are there for Triton.
 
@@ -127,7 +127,7 @@ def python_headers(toolchain: Toolchain, installer: Installer, host: Host) -> Re
     )
 
 
-@check("TRITON105", requires=("TRITON101",), classes=("D3",))
+@check("TRITON105", requires=("TRITON101",), classes=("D3",), proof="TRITON111")
 def ptxas_knows_gpu(toolchain: Toolchain, gpu: Gpu, installer: Installer) -> Result:
     """Triton's assembler knows the GPU.
 
@@ -170,7 +170,7 @@ def _judge_ptxas(used: Ptxas, variable: str, needed: str, gpu_name: str, install
     return Result.passed(f"ptxas of CUDA {used.version} knows {gpu_name}")
 
 
-@check("TRITON106", requires=("TRITON101",), classes=("D4", "D5"))
+@check("TRITON106", requires=("TRITON101",), classes=("D4", "D5"), proof="TRITON111")
 def libcuda_found(loader: Loader, gpu: Gpu, host: Host) -> Result:
     """Triton finds libcuda.
 
@@ -200,7 +200,7 @@ def libcuda_found(loader: Loader, gpu: Gpu, host: Host) -> Result:
     )
 
 
-@check("TRITON107", requires=("TRITON101",), classes=("D7",))
+@check("TRITON107", requires=("TRITON101",), classes=("D7",), proof="TRITON111")
 def triton_cache(toolchain: Toolchain, host: Host) -> Result:
     """Triton can write its cache.
 
@@ -226,7 +226,7 @@ def triton_cache(toolchain: Toolchain, host: Host) -> Result:
     return Result.passed(f"Triton's cache is {folder.path}")
 
 
-@check("TRITON108", requires=("TRITON107",), classes=("D8",))
+@check("TRITON108", requires=("TRITON107",), classes=("D8",), proof="TRITON111")
 def cache_may_execute(toolchain: Toolchain, host: Host) -> Result:
     """Libraries in Triton's cache may be loaded.
 
@@ -244,7 +244,7 @@ def cache_may_execute(toolchain: Toolchain, host: Host) -> Result:
     return Result.passed("libraries can be loaded from the cache")
 
 
-@check("TRITON109", requires=("TRITON101",), classes=("D12",))
+@check("TRITON109", requires=("TRITON101",), classes=("D12",), proof="TRITON111")
 def triton_sources(toolchain: Toolchain, installer: Installer) -> Result:
     """Triton's Python sources are there.
 
