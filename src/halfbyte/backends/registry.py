@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from halfbyte.backends import gpu_support
 from halfbyte.errors import ArgumentError, UnsupportedError
 from halfbyte.ops import bind, defined_ops
 
-__all__ = ["Backend", "Verdict", "backends", "explain", "implements", "register", "select", "unregister"]
+__all__ = ["Backend", "Verdict", "backends", "explain", "implements", "register", "select", "unregister", "warmup"]
 
 ENTRY_POINT_GROUP = "halfbyte.backends"
 """Packages add backends by an entry point of this group: a function without arguments that calls :func:`register`."""
@@ -152,6 +152,23 @@ def select(op: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             return implementation.function
     reasons = "; ".join(f"{v.backend}: {v.reason}" for v in explain(op, *args, **kwargs))
     raise UnsupportedError(f"no backend computes {op} on {device} ({reasons})", hint="run: halfbyte doctor")
+
+
+def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype]) -> None:
+    """Let every backend that can serve here compile ahead: those whose module has a ``warmup(say, dtypes)``.
+
+    Args:
+        say: Takes one line of text for each backend.
+        dtypes: Of activations.
+    """
+    for backend in backends():
+        reason = backend.why_not()
+        if reason is not None:
+            say(f"{backend.name}: {reason}")
+            continue
+        compile_ahead = getattr(importlib.import_module(backend.module), "warmup", None)
+        if compile_ahead is not None:
+            compile_ahead(say, dtypes)
 
 
 def _find_candidates(op: str, device: str) -> tuple[_Implementation, ...]:

@@ -16,7 +16,7 @@ from halfbyte.backends.cpu.kernels.levels import CHUNK
 from halfbyte.backends.cpu.kernels.product import ROWS
 from halfbyte.backends.registry import implements
 
-__all__ = ["gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit"]
+__all__ = ["gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "tiles_in_use"]
 
 SLICE_BYTES = 4 << 20
 """Dequantized weight worked on at a time: stays in the cache between its decoding and its product."""
@@ -135,12 +135,16 @@ def _fused(
     )
 
 
+def tiles_in_use() -> tuple[int, ...]:
+    """Tiles that batches of any size come to on this machine's level."""
+    return (1, 2, 4, 8) if host.level().lanes == 16 else (1, 2, 4)
+
+
 def _tile(batch: int) -> int:
     """Activations to multiply with a chunk at a time: as many as registers hold, without much left over."""
     if batch <= 2:
         return batch
-    largest = 8 if host.level().lanes == 16 else 4
-    return min((4, largest), key=lambda tile: (-(-batch // tile) * tile, -tile))
+    return min(tiles_in_use()[2:], key=lambda tile: (-(-batch // tile) * tile, -tile))
 
 
 class _Workspaces(threading.local):

@@ -1,0 +1,60 @@
+"""Compiles ahead what a model's first forward and backward need, so that they find it on disk."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from halfbyte.backends.cpu import compiler, host, threads
+from halfbyte.backends.cpu.call import DTYPES, kernel
+from halfbyte.backends.cpu.kernels.levels import CHUNK
+from halfbyte.backends.cpu.matmul import tiles_in_use
+from halfbyte.formats import DEFAULT_BLOCKSIZE_4BIT
+
+__all__ = ["plan", "warmup"]
+
+
+def plan(
+    dtypes: Sequence[torch.dtype], blocksizes: Sequence[int], nested: Sequence[bool]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Kernels and variants of a 4-bit model: loading (quantize), decoding, prompts and the backward pass."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    halves = sorted({blocksize < CHUNK for blocksize in blocksizes})
+    for dtype in (DTYPES[one] for one in dtypes):
+        found.append(("quantize_4bit", {"dtype": dtype, "coding": "rank"}))
+        for double, half in itertools.product(nested, halves):
+            found.append(("dequantize_4bit", {"dtype": dtype, "nested": double, "halves": half}))
+            found += [
+                ("product_4bit", {"dtype": dtype, "nested": double, "halves": half, "tile": tile})
+                for tile in tiles_in_use()
+            ]
+        found += [("prepare", {"dtype": dtype, "tile": tile}) for tile in tiles_in_use()]
+    if any(nested):
+        found += [("quantize_blockwise", {"dtype": "f32"}), ("dequantize_blockwise", {"dtype": "f32"})]
+    if torch.float32 not in dtypes:  # slices are multiplied in fp32 where the CPU has no product of the dtype
+        found += [
+            ("dequantize_4bit", {"dtype": "f32", "nested": double, "halves": half})
+            for double, half in itertools.product(nested, halves)
+        ]
+    return found
+
+
+def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype]) -> None:
+    """Compile for this machine what 4-bit models of default blocksize need, and report through ``say``.
+
+    Args:
+        say: Takes one line of text.
+        dtypes: Of activations.
+    """
+    start = time.perf_counter()
+    wanted = plan(dtypes, (DEFAULT_BLOCKSIZE_4BIT,), (False, True))
+    for name, variant in wanted:
+        kernel(name, **variant)
+    say(
+        f"cpu: {len(wanted)} kernels for {host.level().name}, {threads.count()} threads ({threads.source()}), "
+        f"{time.perf_counter() - start:.1f} s, kept in {compiler.cache_directory()}"
+    )

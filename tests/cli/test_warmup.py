@@ -1,0 +1,68 @@
+"""``halfbyte warmup``: compiles what it says, for the dtype of a model, and refuses what it cannot read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.backends.cpu import ahead
+from halfbyte.cli import main as cli
+from halfbyte.cli.warmup import _dtype_of
+from halfbyte.errors import ArgumentError
+from tests.support.python import python, python_code
+
+
+def test_a_second_process_finds_everything_compiled(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"torch_dtype": "float32"}))
+    cache = {"HALFBYTE_CACHE_DIR": str(tmp_path / "cache")}
+    done = python(["-m", "halfbyte", "warmup", tmp_path], **cache)
+    assert done.returncode == 0, done.stderr
+    assert f"cpu: {len(ahead.plan([torch.float32], (64,), (False, True)))} kernels" in done.stdout
+    printed = python_code(
+        """
+import torch
+from halfbyte import backends
+from halfbyte.backends.cpu import compiler
+def refuse(*args): raise AssertionError("compiled again")
+compiler.object_code = refuse
+op = torch.ops.halfbyte
+for batch in (1, 3, 200):
+    packed, absmax = op.quantize_4bit(torch.randn(64, 64), 64, "nf4", torch.uint8)
+    op.gemm_4bit(torch.randn(batch, 64), packed, (64, 64), absmax, 64, "nf4")
+print("ok")
+""",
+        **cache,
+    )
+    assert printed.strip() == "ok"
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype"),
+    [
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"dtype": "bfloat16", "torch_dtype": "float16"}, "bfloat16"),
+        ({"dtype": "float32", "quantization_config": {"bnb_4bit_compute_dtype": "bfloat16"}}, "bfloat16"),
+        ({}, "float32"),
+    ],
+)
+def test_the_dtype_is_what_the_model_computes_in(tmp_path: Path, config: dict[str, object], dtype: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert _dtype_of(tmp_path) == dtype
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["warmup", str(tmp_path)]) == 2
+    assert "expected the folder of a model" in capsys.readouterr().err
+
+
+def test_a_dtype_without_kernels_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"dtype": "float8_e4m3fn"}))
+    with pytest.raises(ArgumentError, match="'float8_e4m3fn'; expected float32, bfloat16, float16"):
+        _dtype_of(tmp_path)
+
+
+def test_help_and_a_wrong_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["warmup", "--help"]) == 0
+    assert cli.main(["warmup", "--no-such-option"]) == 2
+    capsys.readouterr()
