@@ -14,7 +14,7 @@ __all__ = ["poisoned"]
 def poisoned() -> Iterator[None]:
     """torch's own switch for it, which comes with deterministic algorithms; what has none only warns."""
     mode, fills = torch.get_deterministic_debug_mode(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
