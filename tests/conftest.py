@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 
 from halfbyte import _env
 from halfbyte.backends import registry
 from halfbyte.demo import assets
 from tests.support.poison import poisoned
+
+# A loaded machine is no failing example; what fails here must fail there too.
+settings.register_profile("halfbyte", deadline=None, derandomize=True)
+settings.load_profile("halfbyte")
 
 # These import bitsandbytes.
 collect_ignore = ["golden/make.py", "golden/read_with_peer.py", "golden/optim/make.py", "golden/int8/make.py"]

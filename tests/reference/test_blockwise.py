@@ -53,7 +53,7 @@ def test_hard_values_quantize_to_the_nearest_levels(name: str, dtype: torch.dtyp
     check_codes(hard(name, dtype), "signed", 64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=100),
     blocksize=st.integers(1, 120),

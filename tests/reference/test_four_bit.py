@@ -67,7 +67,7 @@ def test_hard_values_quantize_to_the_nearest_levels(kind: str, name: str, dtype:
     check_codes(hard(name, dtype), kind, 32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=150),
     kind=st.sampled_from(sorted(LEVELS)),
@@ -77,7 +77,7 @@ def test_any_finite_floats_quantize_to_the_nearest_levels(values: list[float], k
     check_codes(torch.tensor(values, dtype=torch.float32), kind, blocksize)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(shape=st.lists(st.integers(0, 9), min_size=1, max_size=4), data=st.data())
 def test_any_layout_is_read_in_row_major_order(shape: list[int], data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(shape))))
