@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from halfbyte.backends.cpu import compiler, host, threads
-from halfbyte.backends.cpu.kernels import blockwise, dequantize, int8, product, quantize
+from halfbyte.backends.cpu.kernels import blockwise, dequantize, int8, optimizer, product, quantize
 from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.levels import Level
 
@@ -28,6 +28,8 @@ KERNELS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "dequantize_blockwise": (blockwise.emit_dequantize, blockwise.DEQUANTIZE_ARGUMENTS),
     "quantize_int8": (int8.emit_quantize, int8.QUANTIZE_ARGUMENTS),
     "product_int8": (int8.emit_product, int8.PRODUCT_ARGUMENTS),
+    "optimizer_8bit": (optimizer.emit_8bit, optimizer.ARGUMENTS_8BIT),
+    "optimizer_32bit": (optimizer.emit_32bit, optimizer.ARGUMENTS_32BIT),
 }
 """Kernel -> what writes it, names of its arguments in order."""
 

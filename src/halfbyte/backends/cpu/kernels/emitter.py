@@ -110,6 +110,14 @@ class Value:
         """Shift right, filling with zeros."""
         return self._binary("lshr", "lshr", other)
 
+    def __gt__(self, other: Value | float) -> Value:
+        """Lanes of floats that are greater; NaN is not."""
+        return self.emitter.compare("ogt", self, other)
+
+    def __lt__(self, other: Value | float) -> Value:
+        """Lanes of floats that are less; NaN is not."""
+        return self.emitter.compare("olt", self, other)
+
 
 class Variable:
     """A mutable local."""

@@ -1,0 +1,217 @@
+"""Optimizer steps over blocks of values: decode the states, apply the rule in registers, encode the states again.
+
+The rule is the same Python function as everywhere (``halfbyte/rules``): with ``xp`` bound to :class:`Lanes`, calling it
+on registers writes its instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from halfbyte.backends.cpu.kernels.emitter import F32, I8, I32, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.levels import Level
+from halfbyte.backends.cpu.kernels.quantize import Blocks
+from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float, round_to, store_float
+from halfbyte.rules import FIELDS, Rule, bind, rule_named
+
+__all__ = ["ARGUMENTS_8BIT", "ARGUMENTS_32BIT", "emit_8bit", "emit_32bit"]
+
+ARGUMENTS_32BIT = ("param", "grad", "state0", "state1", "state2", "hyper", "seed", "first", "blocks", "blocks_a_piece")
+"""``hyper``: address of the fp32 numbers; ``first``: number of the first element, for random rounding."""
+
+ARGUMENTS_8BIT = (
+    *ARGUMENTS_32BIT,
+    *(f"{what}{number}" for number in range(3) for what in ("absmax", "code", "ranks", "low", "high", "shift")),
+)
+"""``ranks``: one i32 for each run of fp32 bit patterns, see ``backends/cpu/ranks.py``; ``low``, ``high``: its key range."""
+
+INFINITY = 0x7F800000
+
+
+class Lanes:
+    """Registers as the namespace of a rule."""
+
+    def __init__(self, e: Emitter) -> None:
+        self._e = e
+
+    def sqrt(self, x: Value) -> Value:
+        return self._e.call(f"llvm.sqrt.{x.type.suffix}", x.type, [x])
+
+    def where(self, condition: Value, yes: Any, no: Any) -> Value:
+        single = condition.type.of("float")
+        return self._e.select(condition, self._e.as_value(single, yes), self._e.as_value(single, no))
+
+    def maximum(self, x: Value, y: Any) -> Value:
+        return self.where(x > y, x, y)
+
+    def minimum(self, x: Value, y: Any) -> Value:
+        return self.where(x < y, x, y)
+
+
+class Step:
+    """One register of elements: the rule and what surrounds it, as the reference has it."""
+
+    def __init__(self, e: Emitter, level: Level, rule: Rule, hyper: Value, skip_zeros: bool) -> None:
+        self._e, self._level, self._rule, self._skip = e, level, rule, skip_zeros
+        self._function: Callable[..., Any] = bind(rule.function, Lanes(e))
+        self._h = SimpleNamespace(
+            **{name: e.splat(e.load(F32, hyper + 4 * i), level.lanes) for i, name in enumerate(FIELDS)}
+        )
+        self._decays = self._h.weight_decay > 0.0
+
+    def _finite(self, value: Value) -> Value:
+        e = self._e
+        return e.compare("ult", e.bits(value, value.type.of("i32")) & 0x7FFFFFFF, INFINITY)
+
+    def __call__(self, p: Value, g: Value, states: list[Value]) -> tuple[Value, list[Value]]:
+        """New parameter and states; the old ones where something is not finite, or a zero gradient is skipped."""
+        e, h = self._e, self._h
+        active = e.compare("une", g, 0.0) if self._skip else None
+        g = g * h.grad_scale
+        if self._rule.decay == "coupled":
+            g = e.select(self._decays, g + h.weight_decay * p, g)
+        update, *fresh = self._function(g, *states, h)
+        update = update * h.update_scale
+        decayed = p
+        if self._rule.decay == "decoupled":
+            decayed = e.select(self._decays, p - (h.lr * h.weight_decay) * p, p)
+        stepped = decayed - h.lr * update
+        ok = self._finite(update)
+        for state in fresh:
+            ok = ok & self._finite(state)
+        if active is not None:
+            ok = ok & active
+        kept = [e.select(ok, new, old) for new, old in zip(fresh, states, strict=True)]
+        return e.select(ok, stepped, p), kept
+
+
+def _random(e: Emitter, element: Value, seed: Value, lanes: int) -> Value:
+    """16 random bits a lane, as in the reference's ``random_bits``."""
+    word = Type("i32", lanes)
+    x = e.splat(e.convert("trunc", element, "i32"), lanes) + e.const(word, list(range(lanes)))
+    x = x + e.splat(e.convert("trunc", seed, "i32") * 0x9E3779B9, lanes)
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35
+    return (x ^ (x >> 16)) & 0xFFFF
+
+
+def _store(e: Emitter, level: Level, value: Value, address: Value, dtype: str, random: Value | None) -> None:
+    if random is None:
+        store_float(e, level, value, address, dtype)
+        return
+    bits = e.bits(value, value.type.of("i32"))
+    finite = e.compare("ult", bits & 0x7FFFFFFF, INFINITY)
+    rounded = e.select(finite, (bits + random) >> 16, round_to(e, level, value, dtype))
+    e.store(e.convert("trunc", rounded, "i16"), address)
+
+
+def emit_32bit(
+    e: Emitter, level: Level, *, rule: str, dtype: str, grad: str, blocksize: int, skip_zeros: bool, random: bool
+) -> None:
+    """Write the step over fp32 states; ``blocksize`` is how many elements a piece is counted in."""
+    args = {name: e.argument(name) for name in ARGUMENTS_32BIT}
+    algorithm = rule_named(rule)
+    step = Step(e, level, algorithm, args["hyper"], skip_zeros)
+    states = [args[f"state{number}"] for number in range(len(algorithm.signed))]
+    with e.pieces() as piece:
+        start = piece * args["blocks_a_piece"]
+        stop = start + args["blocks_a_piece"]
+        stop = e.select(e.compare("slt", stop, args["blocks"]), stop, args["blocks"])
+        with e.loop(start * blocksize, stop * blocksize, level.lanes) as element:
+            at = args["param"] + element * ITEMSIZE[dtype]
+            p = load_float(e, level, at, dtype, level.lanes)
+            g = load_float(e, level, args["grad"] + element * ITEMSIZE[grad], grad, level.lanes)
+            places = [state + (element << 2) for state in states]
+            p, fresh = step(p, g, [e.load(Type("float", level.lanes), place) for place in places])
+            bits = _random(e, element + args["first"], args["seed"], level.lanes) if random else None
+            _store(e, level, p, at, dtype, bits)
+            for value, place in zip(fresh, places, strict=True):
+                e.store(value, place)
+
+
+class _Codes:
+    """One 8-bit state: its arguments, a block of it in fp32 on the stack, its absmax so far."""
+
+    def __init__(self, e: Emitter, level: Level, args: dict[str, Value], number: int, blocksize: int) -> None:
+        self._e, self._lanes = e, level.lanes
+        self._state, self._absmax, self._code, self._ranks, low, high, shift = (
+            args[f"{what}{number}"] for what in ("state", "absmax", "code", "ranks", "low", "high", "shift")
+        )
+        self._low, self._high, self._shift = (
+            e.splat(e.convert("trunc", value, "i32"), level.lanes) for value in (low, high, shift)
+        )
+        self._mask = (e.const(self._low.type, 1) << self._shift) - 1
+        self._values = e.buffer(F32, blocksize)
+        self._largest = e.variable(Type("i32", level.lanes), 0)
+
+    def begin(self, block: Value) -> None:
+        self._scale = self._e.splat(self._e.load(F32, self._absmax + (block << 2)), self._lanes)
+        self._largest.set(0)
+
+    def decode(self, element: Value) -> Value:
+        e, found = self._e, self._e.undef(Type("float", self._lanes))
+        for lane in range(self._lanes):
+            index = e.convert("zext", e.load(I8, self._state + element + lane), "i64")
+            found = e.insert(found, e.load(F32, self._code + (index << 2)), lane)
+        return found * self._scale
+
+    def keep(self, value: Value, place: Value) -> None:
+        e = self._e
+        e.store(value, self._values + (place << 2))
+        self._largest.set(e.maximum(self._largest.get(), e.bits(value, self._largest.type) & 0x7FFFFFFF))
+
+    def scale(self, block: Value, walk: Blocks) -> tuple[Value, Value]:
+        absmax = self._e.bits(self._e.largest(self._largest.get()), F32)
+        self._e.store(absmax, self._absmax + (block << 2))
+        return walk.factors(absmax)
+
+    def encode(self, place: Value, element: Value, factors: tuple[Value, Value]) -> None:
+        e = self._e
+        scaled = e.load(Type("float", self._lanes), self._values + (place << 2)) * factors[0] * factors[1]
+        bits = e.bits(scaled, Type("i32", self._lanes))
+        # As signed integers, bits rise with the value once those of negative values are turned around.
+        rising = bits ^ (e.convert("sext", e.compare("slt", bits, 0), "i32") & 0x7FFFFFFF)
+        key = e.emit(rising.type, f"ashr {rising.type} {rising.name}, {self._shift.name}")
+        key = e.select(e.compare("sgt", key, self._low), key, self._low)
+        key = e.select(e.compare("slt", key, self._high), key, self._high) - self._low
+        entry = e.undef(key.type)
+        for lane in range(self._lanes):
+            offset = e.convert("zext", e.extract(key, lane), "i64") << 2
+            entry = e.insert(entry, e.load(I32, self._ranks + offset), lane)
+        above = e.convert("zext", e.compare("ugt", rising & self._mask, entry >> 8), "i32")
+        e.store(e.convert("trunc", (entry & 0xFF) + above, "i8"), self._state + element)
+
+
+def emit_8bit(
+    e: Emitter, level: Level, *, rule: str, dtype: str, grad: str, blocksize: int, skip_zeros: bool, random: bool
+) -> None:
+    """Write the step over 8-bit states in whole blocks of ``blocksize``."""
+    args = {name: e.argument(name) for name in ARGUMENTS_8BIT}
+    algorithm = rule_named(rule)
+    step = Step(e, level, algorithm, args["hyper"], skip_zeros)
+    states = [_Codes(e, level, args, number, blocksize) for number in range(len(algorithm.signed))]
+    walk = Blocks(e, level, "f32")
+    with e.pieces() as piece:
+        start = piece * args["blocks_a_piece"]
+        stop = start + args["blocks_a_piece"]
+        stop = e.select(e.compare("slt", stop, args["blocks"]), stop, args["blocks"])
+        with e.loop(start, stop) as block:
+            begin = block * blocksize
+            for state in states:
+                state.begin(block)
+            with e.loop(0, blocksize, level.lanes) as place:
+                element = begin + place
+                at = args["param"] + element * ITEMSIZE[dtype]
+                p = load_float(e, level, at, dtype, level.lanes)
+                g = load_float(e, level, args["grad"] + element * ITEMSIZE[grad], grad, level.lanes)
+                p, fresh = step(p, g, [state.decode(element) for state in states])
+                bits = _random(e, element + args["first"], args["seed"], level.lanes) if random else None
+                _store(e, level, p, at, dtype, bits)
+                for state, value in zip(states, fresh, strict=True):
+                    state.keep(value, place)
+            factors = [state.scale(block, walk) for state in states]
+            with e.loop(0, blocksize, level.lanes) as place:
+                for state, factor in zip(states, factors, strict=True):
+                    state.encode(place, begin + place, factor)
