@@ -16,7 +16,7 @@ NUMEL, BLOCKSIZE = 1037, 256
 MAPS = {True: F.create_dynamic_map(), False: F.create_dynamic_map(signed=False)}
 FP32 = TOLERANCES["optimizer step fp32"].relative
 
-pytestmark = pytest.mark.parametrize("backend", ["reference"])
+pytestmark = pytest.mark.parametrize("backend", ["reference", "cpu"])
 
 
 @pytest.fixture(autouse=True)
