@@ -308,3 +308,12 @@ def test_halfbytes_stand_in_is_not_taken_for_the_real_one(host: Host):
     add_distribution(site_of(host), "bitsandbytes", "0.50.2", requires=("halfbyte==0.1.0",))
     found = peer(host, packages(host), TorchBuild())
     assert (found.stand_in, found.version) == (True, "")
+
+
+def test_the_stand_in_is_known_in_a_source_folder_too(host: Host):
+    folder = site_of(host) / "bitsandbytes"
+    folder.mkdir()
+    (folder / "__init__.py").write_text('"""Stand-in."""\n\nfrom halfbyte.integrations import bitsandbytes\n')
+    assert peer(host, packages(host), TorchBuild()).stand_in is True
+    (folder / "__init__.py").write_text("import torch\n")
+    assert peer(host, packages(host), TorchBuild()).stand_in is False

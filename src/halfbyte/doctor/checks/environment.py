@@ -64,6 +64,8 @@ def no_shadowing_file(host: Host, packages: Packages) -> Result:
 
 def _is_foreign(module: Module, packages: Packages) -> bool:
     """Whether the folder it lies in holds no distribution of that name."""
+    if module.stand_in:
+        return False
     found = packages.found.get(module.name, ())
     return all(os.path.realpath(each.folder) != os.path.realpath(module.entry) for each in found)
 

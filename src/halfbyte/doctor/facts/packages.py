@@ -59,6 +59,12 @@ class Module:
     path: str
     entry: str
 
+    @property
+    def stand_in(self) -> bool:
+        """Whether it is halfbyte in the place of bitsandbytes."""
+        text = _read(Path(self.path)) if self.name == "bitsandbytes" else ""
+        return bool(re.search(r"^(from|import) halfbyte\b", text, flags=re.MULTILINE))
+
 
 @dataclass(frozen=True)
 class Packages:

@@ -56,6 +56,8 @@ def peer(host: Host, packages: Packages, torch_build: TorchBuild) -> Peer:
     package, module = packages.get("bitsandbytes"), packages.module("bitsandbytes")
     if package and any(line.split(";")[0].strip().startswith("halfbyte") for line in package.requires):
         return Peer(stand_in=True)
+    if module is not None and module.stand_in:
+        return Peer(stand_in=True)
     if package is None and module is None:
         return Peer()
     folder = Path(module.path).parent if module and module.path.endswith("__init__.py") else None
