@@ -69,3 +69,8 @@ def test_neither_state_nor_absmax_is_refused() -> None:
 def test_an_out_of_another_size_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"out is torch.uint8 \(5,\)"):
         F.quantize_blockwise(torch.randn(10), out=torch.zeros(5, dtype=torch.uint8))
+
+
+def test_a_tensor_that_wants_gradients_leaves_none_in_its_state() -> None:
+    _, state = F.quantize_blockwise(torch.randn(100, requires_grad=True), nested=True)
+    assert not any(tensor.requires_grad for tensor in state.tensors())

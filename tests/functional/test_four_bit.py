@@ -1,5 +1,6 @@
 """functional's 4-bit names: bitsandbytes' signatures, defaults and shapes."""
 
+import copy
 import inspect
 import math
 
@@ -159,3 +160,11 @@ def test_a_state_with_less_than_it_needs_is_refused() -> None:
     state.shape = None
     with pytest.raises(QuantStateMissingError, match="incomplete quant_state"):
         F.dequantize_4bit(packed, state)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_weight_that_wants_gradients_leaves_none_in_its_state(nested: bool) -> None:
+    A = torch.randn(64, 64, requires_grad=True)
+    packed, state = F.quantize_4bit(A, compress_statistics=nested)
+    assert not any(tensor.requires_grad for tensor in [packed, *state.tensors()])
+    assert copy.deepcopy(state) == state

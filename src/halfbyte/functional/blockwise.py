@@ -43,6 +43,7 @@ def quantize_blockwise(
         if "dynamic" not in name2qmap:
             name2qmap["dynamic"] = create_dynamic_map()
         code = name2qmap["dynamic"]
+    A = A.detach()  # codes have no gradient, and scales must not keep its graph
     # Copied: tensors that two states share could be neither saved together nor changed apart.
     code = code.to(A.device, copy=True)
     if out is not None and absmax is not None and not nested:

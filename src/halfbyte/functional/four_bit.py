@@ -60,7 +60,7 @@ def quantize_4bit(
     (['0xf0', '0x7c'], [1.0])
     """
     blocksize = blocks.DEFAULT_BLOCKSIZE_4BIT if blocksize is None else blocksize
-    packed, scales = _ops.quantize_4bit(A, blocksize, quant_type, quant_storage)
+    packed, scales = _ops.quantize_4bit(A.detach(), blocksize, quant_type, quant_storage)
     packed, scales = into(out, packed), into(absmax, scales)
     code = get_4bit_type(quant_type, A.device)
     if not compress_statistics:
