@@ -188,3 +188,16 @@ def test_a_state_dict_with_something_else_than_tensors_is_refused(tmp_path: Path
     with pytest.raises(CheckpointError, match="_extra_state is dict; expected tensors"):
         save(Extra(2, 2), tmp_path / "m.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_module_is_saved_over_the_file_it_was_loaded_from(tmp_path: Path) -> None:
+    source, path = Model(), tmp_path / "m.safetensors"
+    save(source, path)
+    for target in ("on meta", "fresh"):
+        model = TARGETS[target]()
+        load(model, path)
+        save(model, path)
+        assert snapshot(model) == snapshot(source)
+        again = Model(2)
+        load(again, path)
+        assert snapshot(again) == snapshot(source)
