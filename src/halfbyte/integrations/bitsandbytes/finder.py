@@ -18,7 +18,7 @@ __all__ = ["Finder", "Loader", "attribute", "find_installed", "put_first", "top_
 
 NAME = "bitsandbytes"
 
-_MAIN = "import sys\nfrom halfbyte.cli.main import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+_MAIN = "import sys\nfrom halfbyte.cli.main import main\nif __name__ == '__main__':\n    sys.exit(main(sys.argv[1:]))\n"
 
 
 class Loader:
