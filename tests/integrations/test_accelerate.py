@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -11,7 +13,7 @@ from accelerate.utils import set_module_tensor_to_device
 from torch import Tensor
 
 from halfbyte.functional import dequantize_4bit
-from halfbyte.nn import LinearNF4
+from halfbyte.nn import Linear8bitLt, LinearNF4
 from tests.integrations.test_transformers import SETTINGS, load
 
 CPU = torch.device("cpu")
@@ -50,6 +52,25 @@ def test_setting_a_plain_tensor_on_a_layer_on_meta_quantizes_it() -> None:
     assert layer.weight.bnb_quantized
     error = (dequantize_4bit(layer.weight.data, layer.weight.quant_state) - value).norm() / value.norm()
     assert error < 0.1
+
+
+@pytest.mark.parametrize("kind", [LinearNF4, Linear8bitLt])
+def test_layers_are_made_and_copied_under_init_empty_weights(kind: Any) -> None:
+    with accelerate.init_empty_weights():
+        layer = kind(128, 192)
+    assert layer.weight.device.type == "meta"
+    assert type(copy.deepcopy(layer).weight) is type(layer.weight)
+
+
+@pytest.mark.parametrize("kind", [LinearNF4, Linear8bitLt])
+def test_a_parameter_whose_dict_names_requires_grad_is_moved_copied_and_loaded(kind: Any) -> None:
+    layer = kind(128, 192, **({"has_fp16_weights": False} if kind is Linear8bitLt else {})).to("cpu")
+    vars(layer.weight)["requires_grad"] = False
+    twin = copy.deepcopy(layer).to("meta")
+    assert type(twin.weight) is type(layer.weight)
+    values = torch.randn(192, 128)
+    layer.load_state_dict({"weight": values, "bias": torch.zeros(192)})
+    torch.testing.assert_close(layer(torch.eye(128)).T, values, atol=0.6, rtol=0.2)
 
 
 def test_a_prepared_model_trains_on_the_cpu(llama_dir: Path) -> None:

@@ -6,6 +6,7 @@ place, since with the separate distribution the first import of bitsandbytes com
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from typing import Any
@@ -73,7 +74,7 @@ def _extend(quantizer: Any) -> None:
         if "damaged" in vars(self):
             self.damaged.raise_first()
         model = after_loading(self, model, **kwargs)
-        _forget_load_operations(model, self.get_load_operations())
+        _forget_load_operations(model)
         _tell(model)
         return model
 
@@ -84,7 +85,8 @@ def _extend(quantizer: Any) -> None:
         return dequantize(self, model, named)
 
     quantizer._process_model_after_weight_loading = _process_model_after_weight_loading
-    quantizer.dequantize = dequantize_from_name
+    if "dtype" in inspect.signature(dequantize).parameters:  # from transformers 5.0
+        quantizer.dequantize = dequantize_from_name
 
 
 def _extend_4bit(quantizer: Any) -> None:
@@ -103,12 +105,12 @@ def _extend_4bit(quantizer: Any) -> None:
         vars(self).setdefault("damaged", Damaged())
         return {"deserialize": Deserialize4bit}
 
-    def _dequantize(self: Any, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
         if not layers:
             logger.warning("dequantize: the model has no 4-bit layer and stays as it is")
             return model
-        model = dequantize(self, model, dtype)
+        model = dequantize(self, model, *args, **kwargs)
         for name, layer in layers.items():
             if issubclass(getattr(layer, "source_cls", torch.nn.Linear), Conv1D):
                 # Saved and loaded again, the weight must have the orientation that the model's class expects.
@@ -116,20 +118,24 @@ def _extend_4bit(quantizer: Any) -> None:
         model.is_loaded_in_4bit = False
         return model
 
-    quantizer.get_quantize_ops = get_quantize_ops
-    quantizer.get_load_operations = get_load_operations
+    if hasattr(quantizer, "get_load_operations"):  # older transformers names its conversions itself
+        quantizer.get_quantize_ops = get_quantize_ops
+        quantizer.get_load_operations = get_load_operations
     quantizer._dequantize = _dequantize
 
 
-def _forget_load_operations(model: Any, operations: dict[str, type]) -> None:
+_LOADING = frozenset({"transformers.integrations.bitsandbytes", "halfbyte.integrations.transformers_operations"})
+"""Modules whose operations read quantized weights."""
+
+
+def _forget_load_operations(model: Any) -> None:
     # transformers would run them backwards when it saves, which they cannot; what the layers save is right as it is.
     conversions = getattr(model, "_weight_conversions", None)
     if conversions:
-        kinds = tuple(operations.values())
         model._weight_conversions = [
             conversion
             for conversion in conversions
-            if not any(isinstance(operation, kinds) for operation in getattr(conversion, "operations", ()))
+            if not any(type(operation).__module__ in _LOADING for operation in getattr(conversion, "operations", ()))
         ]
 
 

@@ -141,8 +141,9 @@ class Int8Params(torch.nn.Parameter):
 
     def _like(self, data: Tensor, scales: Tensor | None) -> Int8Params:
         """A parameter of the same settings around other data."""
-        settings: dict[str, Any] = {**vars(self), "SCB": scales}
-        return Int8Params(data, requires_grad=self.requires_grad, **settings)
+        # accelerate and peft write requires_grad into the dictionary as well.
+        settings: dict[str, Any] = {**vars(self), "requires_grad": self.requires_grad, "SCB": scales}
+        return Int8Params(data, **settings)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # torch would rebuild a plain Parameter.

@@ -169,8 +169,9 @@ class Linear4bit(torch.nn.Linear):
                 "bnb_quantized": False,
                 "quant_state": None,
                 "module": None,
+                "requires_grad": False,
             }
-            return Params4bit(weight.detach().clone(), requires_grad=False, **settings).to(device)
+            return Params4bit(weight.detach().clone(), **settings).to(device)
         if weight.shape[1:] == (1,):
             raise CheckpointError(
                 f"packed 4-bit codes of shape {tuple(weight.shape)} without their weight.* keys",

@@ -240,8 +240,10 @@ class Params4bit(torch.nn.Parameter):
 
     def _like(self, data: Tensor, state: QuantState | None) -> Params4bit:
         """A parameter of the same settings, without the owner, around other data."""
-        settings = {k: v for k, v in self.__dict__.items() if k not in {"quant_state", "module"}}
-        return Params4bit(data, requires_grad=self.requires_grad, quant_state=state, **settings)
+        # accelerate and peft write requires_grad into the dictionary as well.
+        settings: dict[str, Any] = {**vars(self), "requires_grad": self.requires_grad}
+        settings |= {"quant_state": state, "module": None}
+        return Params4bit(data, **settings)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "data": self.data, "requires_grad": self.requires_grad}
