@@ -16,5 +16,5 @@ def adam(g: Value, m: Value, v: Value, h: Value) -> Value:
     """
     m = h.beta1 * m + h.rest1 * g
     v = h.beta2 * v + h.rest2 * (g * g)
-    update = (m / h.correction1) / (xp.sqrt(v) / h.correction2 + h.eps)
+    update = (m * h.unbias1) / (xp.sqrt(v) * h.unbias2 + h.eps)
     return xp.where(v > 0.0, update, 0.0), m, v

@@ -13,5 +13,5 @@ def ademamix(g: Value, fast: Value, slow: Value, v: Value, h: Value) -> Value:
     fast = h.beta1 * fast + h.rest1 * g
     slow = h.beta3 * slow + h.rest3 * g
     v = h.beta2 * v + h.rest2 * (g * g)
-    update = (fast / h.correction1 + h.alpha * slow) / (xp.sqrt(v) / h.correction2 + h.eps)
+    update = (fast * h.unbias1 + h.alpha * slow) / (xp.sqrt(v) * h.unbias2 + h.eps)
     return xp.where(v > 0.0, update, 0.0), fast, slow, v

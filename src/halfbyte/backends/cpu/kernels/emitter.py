@@ -306,8 +306,10 @@ class Emitter:
         """Load from any alignment."""
         return self.emit(type_, f"load {type_}, {self._at(address, type_)}, align 1")
 
-    def store(self, value: Value, address: Value) -> None:
-        self.line(f"store {value.type} {value.name}, {self._at(address, value.type)}, align 1")
+    def store(self, value: Value, address: Value, *, volatile: bool = False) -> None:
+        """Store at any alignment. ``volatile`` keeps LLVM from making a masked store of a select of the old value."""
+        how = "store volatile" if volatile else "store"
+        self.line(f"{how} {value.type} {value.name}, {self._at(address, value.type)}, align 1")
 
     def prefetch(self, address: Value) -> None:
         name = "llvm.prefetch.p0i8" if self._typed else "llvm.prefetch.p0"

@@ -98,6 +98,9 @@ def _random(e: Emitter, element: Value, seed: Value, lanes: int) -> Value:
 
 
 def _store(e: Emitter, level: Level, value: Value, address: Value, dtype: str, random: Value | None) -> None:
+    if random is None and dtype == "f32":
+        e.store(value, address, volatile=True)
+        return
     if random is None:
         store_float(e, level, value, address, dtype)
         return
@@ -128,14 +131,23 @@ def emit_32bit(
             bits = _random(e, element + args["first"], args["seed"], level.lanes) if random else None
             _store(e, level, p, at, dtype, bits)
             for value, place in zip(fresh, places, strict=True):
-                e.store(value, place)
+                e.store(value, place, volatile=True)
+
+
+def _lookup(e: Emitter, level: Level, elem: Type, base: Value, index: Value) -> Value:
+    """32-bit table entries at ``base`` for i32 indices, one by one: AVX2's gather is no faster (Zen 3)."""
+    found = e.undef(Type(elem.elem, level.lanes))
+    for lane in range(level.lanes):
+        offset = e.convert("zext", e.extract(index, lane), "i64") << 2
+        found = e.insert(found, e.load(elem, base + offset), lane)
+    return found
 
 
 class _Codes:
     """One 8-bit state: its arguments, a block of it in fp32 on the stack, its absmax so far."""
 
     def __init__(self, e: Emitter, level: Level, args: dict[str, Value], number: int, blocksize: int) -> None:
-        self._e, self._lanes = e, level.lanes
+        self._e, self._level, self._lanes = e, level, level.lanes
         self._state, self._absmax, self._code, self._ranks, low, high, shift = (
             args[f"{what}{number}"] for what in ("state", "absmax", "code", "ranks", "low", "high", "shift")
         )
@@ -176,10 +188,7 @@ class _Codes:
         key = e.emit(rising.type, f"ashr {rising.type} {rising.name}, {self._shift.name}")
         key = e.select(e.compare("sgt", key, self._low), key, self._low)
         key = e.select(e.compare("slt", key, self._high), key, self._high) - self._low
-        entry = e.undef(key.type)
-        for lane in range(self._lanes):
-            offset = e.convert("zext", e.extract(key, lane), "i64") << 2
-            entry = e.insert(entry, e.load(I32, self._ranks + offset), lane)
+        entry = _lookup(e, self._level, I32, self._ranks, key)
         above = e.convert("zext", e.compare("ugt", rising & self._mask, entry >> 8), "i32")
         e.store(e.convert("trunc", (entry & 0xFF) + above, "i8"), self._state + element)
 
