@@ -61,7 +61,7 @@ def main() -> None:
     weight, level = Weight(4096, 4096), host.level()
     dense = torch.randn(4096, 4096)
     print(level.name, common.facts())
-    fused, sliced = {**matmul.FUSED_BATCH, level.name: 1 << 30}, {**matmul.FUSED_BATCH, level.name: 0}
+    fused, sliced = (lambda _: 1 << 30), (lambda _: 0)
     default_tile = matmul._tile
     for name, dtype in DTYPES.items():
         plain = dense.to(dtype)
@@ -69,14 +69,14 @@ def main() -> None:
             x = torch.randn(batch, 4096).to(dtype)
             cases: dict[str, Case] = {"dense": lambda _, x=x, w=plain: torch.nn.functional.linear(x, w)}
             for tile in (4, 8):
-                case = with_value(matmul, "FUSED_BATCH", fused, lambda i, x=x: weight.multiply(x, i))
+                case = with_value(matmul, "_fused_batch", fused, lambda i, x=x: weight.multiply(x, i))
                 if batch >= tile // 2 and batch <= 64:
                     cases[f"tile {tile}"] = with_value(matmul, "_tile", lambda _, tile=tile: tile, case)
             for size in (1, 4, 16, 64):
-                case = with_value(matmul, "FUSED_BATCH", sliced, lambda i, x=x: weight.multiply(x, i))
+                case = with_value(matmul, "_fused_batch", sliced, lambda i, x=x: weight.multiply(x, i))
                 cases[f"slices {size}M"] = with_value(matmul, "SLICE_BYTES", size << 20, case)
             report(f"{name} M={batch}", cases, args.seconds)
-    matmul._tile, matmul.FUSED_BATCH = default_tile, fused
+    matmul._tile, matmul._fused_batch = default_tile, fused
     for name, dtype in DTYPES.items():
         x = torch.randn(8, 4096).to(dtype)
         sizes = {

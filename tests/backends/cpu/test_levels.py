@@ -15,7 +15,7 @@ SCALES = ({"nested": False, "halves": False}, {"nested": True, "halves": True})
 
 VARIANTS = {
     "quantize_4bit": [{"dtype": d, "coding": c} for d, c in zip(DTYPES, ("rank", "map", "sign"), strict=True)],
-    "dequantize_4bit": [{"dtype": d, **s} for d, s in itertools.product(DTYPES, SCALES)],
+    "dequantize_4bit": [{"dtype": d, **s, "exact": s["halves"]} for d, s in itertools.product(DTYPES, SCALES)],
     "prepare": [{"dtype": d, "tile": 4} for d in DTYPES],
     "product_4bit": [{"dtype": d, **s, "tile": t} for d in DTYPES for s, t in zip(SCALES, (1, 4), strict=True)],
     "quantize_blockwise": [{"dtype": d} for d in DTYPES],

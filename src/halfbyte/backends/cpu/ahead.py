@@ -27,7 +27,10 @@ def plan(
     for dtype in (DTYPES[one] for one in dtypes):
         found.append(("quantize_4bit", {"dtype": dtype, "coding": "rank"}))
         for double, half in itertools.product(nested, halves):
-            found.append(("dequantize_4bit", {"dtype": dtype, "nested": double, "halves": half}))
+            found += [
+                ("dequantize_4bit", {"dtype": dtype, "nested": double, "halves": half, "exact": exact})
+                for exact in (True, False)
+            ]
             found += [
                 ("product_4bit", {"dtype": dtype, "nested": double, "halves": half, "tile": tile})
                 for tile in tiles_in_use()
@@ -37,7 +40,7 @@ def plan(
         found += [("quantize_blockwise", {"dtype": "f32"}), ("dequantize_blockwise", {"dtype": "f32"})]
     if torch.float32 not in dtypes:  # slices are multiplied in fp32 where the CPU has no product of the dtype
         found += [
-            ("dequantize_4bit", {"dtype": "f32", "nested": double, "halves": half})
+            ("dequantize_4bit", {"dtype": "f32", "nested": double, "halves": half, "exact": False})
             for double, half in itertools.product(nested, halves)
         ]
     return found

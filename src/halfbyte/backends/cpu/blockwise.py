@@ -75,7 +75,6 @@ def _quantize_blocks(flat: Tensor, code: Tensor, blocksize: int, out: Tensor, ab
         out.data_ptr(),
         absmax.data_ptr(),
         found.table.address,
-        found.shift,
         found.low,
         found.count,
         count,

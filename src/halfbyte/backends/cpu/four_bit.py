@@ -90,6 +90,7 @@ def decode(
     first: int = 0,
     end: int,
     segment: tuple[int, int] | None = None,
+    exact: bool = True,
 ) -> None:
     """Values of elements ``first`` to ``end`` into contiguous ``out``.
 
@@ -98,10 +99,11 @@ def decode(
         scales: Of the whole weight.
         table: Lookup block of the codebook.
         segment: (length, stride): only the first ``length`` of every ``stride`` elements; all if None.
+        exact: Halves are rounded to even; otherwise up, as is good enough for a product.
     """
     if end <= first:
         return
-    run = kernel("dequantize_4bit", dtype=DTYPES[out.dtype], nested=scales.nested, halves=blocksize < 64)
+    run = kernel("dequantize_4bit", dtype=DTYPES[out.dtype], nested=scales.nested, halves=blocksize < 64, exact=exact)
     length, stride = segment or (PIECE, PIECE)
     segments = -(-(end - first) // stride)
     a_piece = max(1, PIECE // length)

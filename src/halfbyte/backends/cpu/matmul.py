@@ -18,14 +18,24 @@ from halfbyte.backends.registry import implements
 
 __all__ = ["gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "tiles_in_use"]
 
-SLICE_BYTES = 4 << 20
-"""Dequantized weight worked on at a time: stays in the cache between its decoding and its product."""
+SLICE_BYTES = 16 << 20
+"""Dequantized weight worked on at a time: little memory, and few calls of torch's product, which cost some 50 µs each."""
 
 PANEL_BYTES = 16 << 10
 """Activations that a tile works on at a time: half of the smallest first-level cache."""
 
-FUSED_BATCH = {"avx512bf16": 16, "avx512": 32, "avx2": 32, "neon": 16, "portable": 4}
-"""Up to this many activations the fused product is taken, by level; see ``benchmarks/cpu_matmul.py --crossover``."""
+FUSED_BATCH = {
+    ("avx512bf16", torch.bfloat16): 16,
+    ("avx512bf16", torch.float32): 48,
+    ("avx512", torch.bfloat16): 16,
+    ("avx512", torch.float32): 48,
+    ("avx2", torch.float32): 32,
+    ("neon", torch.float32): 16,
+    ("portable", torch.float32): 4,
+}
+"""Up to this many activations the fused product is taken, by level and by what slices would be multiplied in.
+
+Measured by ``benchmarks/cpu_tune.py`` on Sapphire Rapids and Zen 3; the other levels are guesses by lanes."""
 
 
 @implements("cpu", "gemm_4bit")
@@ -85,7 +95,7 @@ def _product(
     if bias is not None:
         bias = bias.detach().contiguous()
     weight = B.detach().contiguous()
-    if activations.shape[0] <= FUSED_BATCH[host.level().name] and columns % CHUNK == 0:
+    if activations.shape[0] <= _fused_batch(out.dtype) and columns % CHUNK == 0:
         _fused(activations, weight, rows, scales, blocksize, table, bias, out)
     else:
         _sliced(activations, weight, rows, scales, blocksize, table, bias, out.view(-1, rows))
@@ -182,14 +192,18 @@ def _sliced(
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             piece = _workspaces.get((stop - start) * columns, dtype)
-            decode(weight, scales, blocksize, table, piece, first=start * columns, end=stop * columns)
+            decode(weight, scales, blocksize, table, piece, first=start * columns, end=stop * columns, exact=False)
             part = None if bias is None else bias[start:stop]
             out[:, start:stop] = torch.nn.functional.linear(activations, piece.view(-1, columns), part)
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What slices are multiplied in: bf16 where the CPU has products of bf16; elsewhere fp32 is faster."""
-    return dtype if dtype == torch.bfloat16 and host.level().dot_bf16 else torch.float32
+    return dtype if dtype == torch.bfloat16 and host.multiplies_bf16() else torch.float32
+
+
+def _fused_batch(dtype: torch.dtype) -> int:
+    return FUSED_BATCH.get((host.level().name, _compute_dtype(dtype)), 16)
 
 
 def _slice_of(count: int, size: int) -> int:
@@ -226,6 +240,6 @@ def gemm_4bit_dgrad(
             width = min(columns, start + step) - start
             piece = _workspaces.get(rows * width, dtype)
             end = math.prod(shapeB)
-            decode(weight, scales, blocksize, table, piece, first=start, end=end, segment=(width, columns))
+            decode(weight, scales, blocksize, table, piece, first=start, end=end, segment=(width, columns), exact=False)
             result[:, start : start + width] = torch.matmul(flat, piece.view(rows, width))
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -84,52 +85,54 @@ class Buckets:
     """Buckets of an 8-bit map and how a value finds its own; see ``kernels/blockwise.py``."""
 
     table: Table
-    shift: int
     low: int
     count: int
 
 
-_MAGNITUDE = 0x7FFFFFFF
-_ONE = 0x3F800000
+_ONE = 0x3F80  # upper half of 1.0; scaled values are at most 1 in magnitude, give or take a rounding
+_NEVER = 0xFFFF0000
 
 
 @functools.lru_cache(maxsize=64)
 def buckets(code: bytes) -> Buckets | str:
     """Buckets for a rising map of 256 fp32, given as its bytes; a reason if its values are too close together.
 
-    A bucket is a range of magnitudes that share sign, exponent and first mantissa bits. It may hold one midpoint (any
-    number of times): then one comparison finds the rank.
+    A bucket is a range of magnitudes that share sign, exponent and seven bits of the mantissa. It may hold one
+    midpoint: then one comparison of the other 16 bits finds the rank.
     """
     values = np.frombuffer(code, np.float32)
     if not np.isfinite(values).all() or (np.diff(values) < 0).any():
         return "the code map does not rise from value to value"
     midpoints = ((values[:-1] + values[1:]) * np.float32(0.5)).astype(np.float32)
-    for mantissa_bits in range(4, 9):
-        found = _buckets(midpoints, 23 - mantissa_bits)
-        if found is not None:
-            return found
-    return "the code map has values too close together for one comparison each"
-
-
-def _buckets(midpoints: FloatArray, shift: int) -> Buckets | None:
     magnitudes = np.abs(midpoints[midpoints != 0]).view(np.uint32)
-    smallest = int(magnitudes.min()) if magnitudes.size else _ONE
-    low = max(0, (smallest >> shift) - 1)
-    # Scaled values are at most 1 in magnitude, give or take a rounding.
-    count = (_ONE >> shift) + 1 - low
+    # The bucket below the smallest midpoint is the first: all smaller magnitudes have its code.
+    low = max(0, int(magnitudes.min() >> 16) - 1) if magnitudes.size else _ONE - 1
+    count = _ONE + 1 - low
     if count > 1 << 13 or count < 1:
+        return "the code map has values too far from 1"
+    first = np.arange(low, low + count, dtype=np.uint32) << np.uint32(16)
+    last = (first | np.uint32(0xFFFF)).view(np.float32)
+    first[0] = 1  # zero has a bucket of its own
+    first = first.view(np.float32)
+    positive = _entries(midpoints, first, last, "left")
+    # A negative value is above a midpoint where its magnitude is not, and its code counts from the other end.
+    negative = _entries(-midpoints[::-1], first, last, "right")
+    if positive is None or negative is None:
+        return "the code map has values too close together for one comparison each"
+    zero = np.searchsorted(midpoints, np.float32(0.0), side="left")
+    entries = np.concatenate([positive, negative, np.array([_NEVER | int(zero), _NEVER], np.uint32)])
+    return Buckets(Table.of(entries.view(np.uint8)), low, count)
+
+
+def _entries(
+    midpoints: FloatArray, first: FloatArray, last: FloatArray, side: Literal["left", "right"]
+) -> npt.NDArray[np.uint32] | None:
+    """One u32 a bucket: its rank, one more where a magnitude is above (``left``) or at (``right``) a midpoint."""
+    below = np.searchsorted(midpoints, first, side=side)
+    above = np.searchsorted(midpoints, last, side=side)
+    if (above > below + 1).any():
         return None
-    first = (np.arange(low, low + count, dtype=np.uint32) << np.uint32(shift)).astype(np.uint32)
-    last = (((np.arange(low, low + count, dtype=np.uint64) + 1) << np.uint64(shift)) - 1).astype(np.uint32)
-    first[0] = 0
-    first, last = first.view(np.float32), last.view(np.float32)
-    lowest, highest = np.concatenate([first, -last]), np.concatenate([last, -first])
-    below = np.searchsorted(midpoints, lowest, side="left")
-    above = np.searchsorted(midpoints, highest, side="left")
-    middle = np.where(above > below, midpoints[np.minimum(below, midpoints.size - 1)], np.float32(np.inf))
-    if (np.searchsorted(midpoints, middle, side="right") < above).any():
-        return None
-    entries = np.zeros(2 * count + 1, np.dtype([("midpoint", "<f4"), ("below", "u1"), ("above", "u1"), ("pad", "<u2")]))
-    entries["midpoint"][:-1], entries["below"][:-1], entries["above"][:-1] = middle, below, above
-    entries["midpoint"][-1] = np.inf
-    return Buckets(Table.of(entries.view(np.uint8)), shift, low, count)
+    inside = midpoints[np.minimum(below, midpoints.size - 1)].view(np.uint32) & np.uint32(0xFFFF)
+    exceeded = inside if side == "left" else inside - np.uint32(1)
+    threshold = np.where(above > below, exceeded << np.uint32(16), np.uint32(_NEVER)).astype(np.uint32)
+    return threshold | below.astype(np.uint32)

@@ -14,28 +14,28 @@ QUANTIZE_ARGUMENTS = (
     "out",
     "absmax",
     "buckets",
-    "key_shift",
     "key_low",
     "key_count",
     "blocks",
     "blocksize",
     "blocks_a_piece",
 )
-"""``buckets``: 8 bytes each, fp32 midpoint, code up to it, code above it. First ``key_count`` for positive values by
-rising magnitude, then as many for negative ones, then one for NaN. The key of a magnitude is its bits shifted right by
-``key_shift``, held between ``key_low`` and ``key_low + key_count - 1``."""
+"""``buckets``: one u32 for each range of values that share the upper half of their fp32 bits: in its own upper half the
+lower bits that a magnitude must exceed for the next code, in its lowest byte the code up to there. First ``key_count``
+for positive values by rising magnitude, then as many for negative ones (codes inverted, so that they too rise with the
+magnitude), then one for zero and one for NaN. ``key_low``: upper half of the first; first and last take all beyond."""
 
 DEQUANTIZE_ARGUMENTS = ("source", "out", "absmax", "code", "numel", "blocks", "blocksize", "blocks_a_piece")
 
 
 def emit_quantize(e: Emitter, level: Level, *, dtype: str) -> None:
     """Write the kernel that quantizes floats of ``dtype``: keys in registers, then one table entry for each value."""
-    source, out, absmax, buckets, shift, low, count, blocks, blocksize, a_piece = (
+    source, out, absmax, buckets, low, count, blocks, blocksize, a_piece = (
         e.argument(name) for name in QUANTIZE_ARGUMENTS
     )
-    walk, word = Blocks(e, level, dtype), Type("i32", level.lanes)
-    shift, low, count = (e.splat(e.convert("trunc", value, "i32"), level.lanes) for value in (shift, low, count))
-    values, keys = e.buffer(F32, UNIT), e.buffer(I32, UNIT)
+    walk = Blocks(e, level, dtype)
+    low, count = (e.splat(e.convert("trunc", value, "i32"), level.lanes) for value in (low, count))
+    lower, keys, codes = e.buffer(I32, UNIT), e.buffer(I32, UNIT), e.buffer(I8, UNIT)
     with e.pieces() as piece:
         start = piece * a_piece
         stop = e.select(e.compare("slt", start + a_piece, blocks), start + a_piece, blocks)
@@ -45,20 +45,31 @@ def emit_quantize(e: Emitter, level: Level, *, dtype: str) -> None:
             e.store(scale, absmax + (block << 2))
             factors = walk.factors(scale)
             with e.loop(0, blocksize, UNIT) as unit:
+                signs: list[Value] = []
                 for i, value in enumerate(walk.load_unit(address + unit * ITEMSIZE[dtype])):
-                    scaled = value * factors[0] * factors[1]
-                    bits = e.bits(scaled, word)
-                    key = e.minimum(e.maximum((bits & 0x7FFFFFFF) >> shift, low) - low, count - 1)
-                    key = key + (e.select(e.compare("slt", bits, 0), count, 0))
-                    key = e.select(e.compare("uno", scaled, scaled), count + count, key)
-                    e.store(scaled, values + 4 * level.lanes * i)
+                    key, bits, sign = _key(e, value * factors[0] * factors[1], low, count)
+                    e.store(bits << 16, lower + 4 * level.lanes * i)
                     e.store(key, keys + 4 * level.lanes * i)
-                to = out + block * blocksize + unit
+                    signs.append(sign)
                 for i in range(UNIT):
-                    entry = buckets + (e.convert("zext", e.load(I32, keys + 4 * i), "i64") << 3)
-                    above = e.compare("ogt", e.load(F32, values + 4 * i), e.load(F32, entry))
-                    found = e.load(I32, entry + 4) >> (e.convert("zext", above, "i32") << 3)
-                    e.store(e.convert("trunc", found, "i8"), to + i)
+                    key = e.convert("zext", e.load(I32, keys + 4 * i), "i64")
+                    bucket = e.load(I32, buckets + (key << 2))
+                    above = e.convert("zext", e.compare("ugt", e.load(I32, lower + 4 * i), bucket), "i32")
+                    e.store(e.convert("trunc", bucket + above, "i8"), codes + i)
+                found = e.load(Type("i8", UNIT), codes) ^ e.convert("trunc", e.concat(signs), "i8")
+                e.store(found, out + block * blocksize + unit)
+
+
+def _key(e: Emitter, scaled: Value, low: Value, count: Value) -> tuple[Value, Value, Value]:
+    """Bucket of each value, its bits, and all ones where its code is inverted."""
+    bits = e.bits(scaled, scaled.type.of("i32"))
+    magnitude = bits & 0x7FFFFFFF
+    key = e.minimum(e.maximum(magnitude >> 16, low) - low, count - 1)
+    sign = e.convert("sext", e.compare("slt", bits, 0), "i32")
+    special = e.compare("eq", magnitude, 0), e.compare("uno", scaled, scaled)
+    sign = e.select(special[0], e.const(bits.type, 0), e.select(special[1], e.const(bits.type, 0), sign))
+    key = e.select(special[0], count + count, key + (sign & count))
+    return e.select(special[1], count + count + 1, key), bits, sign
 
 
 def emit_dequantize(e: Emitter, level: Level, *, dtype: str) -> None:

@@ -84,7 +84,8 @@ class Level:
         """The chunk in row-major order as 16-bit values out of two tables, one for each half of the chunk.
 
         Args:
-            first: ``<16 x i32>``, the value of each code in the chunk's first 32 elements, in the low 16 bits.
+            first: ``<16 x i32>``, the value of each code in the chunk's first 32 elements, in the high 16 bits; the
+                low ones do not matter.
             second: The same for the last 32.
         """
         raise NotImplementedError
@@ -177,22 +178,27 @@ class LaneLevel(Level):
         found: list[Value] = []
         for half, products in enumerate((first, second)):
             if self._permutes:
-                narrow = e.convert("trunc", products, "i16")
-                table = e.shuffle(narrow, None, [i % 16 for i in range(32)])
-            else:
-                table = e.buffer(I32, 16)
-                e.store(products, table)
+                found.append(self._permuted16(e, address + 16 * half, e.bits(products, Type("i16", 32))))
+                continue
+            table = e.buffer(I32, 16)
+            e.store(products, table)
             for start in range(16 * half, 16 * half + 16, self.lanes):
                 codes = e.convert("zext", e.load(Type("i8", self.lanes), address + start), "i32")
-                pairs = Type("i16", 2 * self.lanes)
-                if self._permutes:
-                    index = e.bits((codes >> 4) | (codes << 16), pairs)
-                    found.append(e.call("llvm.x86.avx512.permvar.hi.512", table.type, [table, index]))
-                else:
-                    even = self._scalar_lookup(e, table, codes >> 4, I32)
-                    odd = self._scalar_lookup(e, table, codes & 15, I32)
-                    found.append(e.bits(even | (odd << 16), pairs))
+                even = self._scalar_lookup(e, table, codes >> 4, I32)
+                odd = self._scalar_lookup(e, table, codes & 15, I32)
+                found.append(e.bits((even >> 16) | (odd & 0xFFFF0000), Type("i16", 2 * self.lanes)))
         return found
+
+    def _permuted16(self, e: Emitter, address: Value, table: Value) -> Value:
+        """16 packed bytes as 32 values: entry ``2 * code + 1`` of the table, the high half of a 32-bit product."""
+        packed = e.shuffle(e.load(Type("i8", 16), address), None, [i % 16 for i in range(64)])
+        # A byte goes low into the lane of its high nibble, and high into that of its low one. Shifted right by 3 or
+        # 7, the nibble stands one bit up in either; what is above it the permute ignores.
+        places = [byte for pair in range(16) for byte in (pair, 0x80, 0x80, pair)]
+        control = e.const(Type("i8", 64), places)
+        spread = e.bits(e.call("llvm.x86.avx512.pshuf.b.512", packed.type, [packed, control]), table.type)
+        index = (spread >> e.const(table.type, [3, 7] * 16)) | 1
+        return e.call("llvm.x86.avx512.permvar.hi.512", table.type, [table, index])
 
     def tree(self, e: Emitter, address: Value) -> object:
         return self.table(e, address, "exact")
@@ -326,7 +332,7 @@ class PlaneLevel(Level):
 
     def ordered16(self, e: Emitter, address: Value, first: Value, second: Value) -> list[Value]:
         halves = [
-            [e.convert("trunc", products, "i8"), e.convert("trunc", products >> 8, "i8")]
+            [e.convert("trunc", products >> 16, "i8"), e.convert("trunc", products >> 24, "i8")]
             for products in ((first,) if first is second else (first, second))
         ]
         vectors: list[Vector] = []
