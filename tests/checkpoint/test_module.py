@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoint import load, save
 from halfbyte.errors import CheckpointError
-from halfbyte.nn import LinearFP4, LinearNF4
+from halfbyte.nn import Linear8bitLt, LinearFP4, LinearNF4
 
 
 class Model(torch.nn.Module):
@@ -201,3 +201,31 @@ def test_a_module_is_saved_over_the_file_it_was_loaded_from(tmp_path: Path) -> N
         again = Model(2)
         load(again, path)
         assert snapshot(again) == snapshot(source)
+
+
+def mixed(seed: int = 0) -> torch.nn.Sequential:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(Linear8bitLt(64, 32, has_fp16_weights=False), LinearNF4(32, 16))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_8bit_layers_are_saved_and_loaded_beside_4bit_ones(tmp_path: Path, moved: bool) -> None:
+    source, path = mixed().to("cpu"), tmp_path / "m.safetensors"
+    save(source, path)
+    model = mixed(1).to("cpu") if moved else mixed(1)
+    load(model, path)
+    assert snapshot(model) == snapshot(source)
+
+
+@pytest.mark.parametrize("key", ["0.SCB", "0.weight"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_half_an_8bit_weight_changes_nothing(tmp_path: Path, moved: bool, key: str) -> None:
+    found = {name: value.clone() for name, value in mixed().to("cpu").state_dict().items()}
+    del found[key]
+    save_file(found, tmp_path / "m.safetensors")
+    model = mixed(1).to("cpu") if moved else mixed(1)
+    before = snapshot(model)
+    for strict in (True, False):
+        with pytest.raises(CheckpointError, match=rf"lacks {key}|0\.SCB without the other"):
+            load(model, tmp_path / "m.safetensors", strict=strict)
+        assert snapshot(model) == before

@@ -1,7 +1,8 @@
-"""Saving and loading whole modules with 4-bit layers, all or nothing."""
+"""Saving and loading whole modules with quantized layers, all or nothing."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from halfbyte.checkpoint.keys import weight_of
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import write
 from halfbyte.errors import CheckpointError
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import Linear4bit, Linear8bitLt
 from halfbyte.quant_state import QuantState
 
 __all__ = ["load", "save"]
+
+_INT8_KEYS = ("SCB", "weight_format")
 
 
 def save(module: torch.nn.Module, path: str | Path) -> None:
@@ -47,6 +50,7 @@ def load(module: torch.nn.Module, path: str | Path, *, strict: bool = True) -> N
     states = {weight: checkpoint.quant_state(weight) for weight in checkpoint.four_bit}
     _check_keys(module, checkpoint, states, strict)
     _check_shapes(module, checkpoint, states)
+    _check_int8(module, checkpoint)
     on_meta = any(tensor.device.type == "meta" for tensor in module.state_dict().values())
     module.load_state_dict(dict(checkpoint), strict=strict, assign=on_meta)
 
@@ -64,7 +68,10 @@ def _check_keys(
     if not strict:
         return
     described = {key for weight, keys in checkpoint.four_bit.items() if weight in states for key in keys}
-    own = {key for key in module.state_dict() if not any(key.startswith(f"{weight}.") for weight in layers)}
+    extra = {f"{name}.{key}".lstrip(".") for name in _int8_layers(module) for key in _INT8_KEYS}
+    own = {key for key in module.state_dict() if weight_of(key) not in layers and key not in extra}
+    # A layer has its extra keys once it is quantized only; which of them belong together is checked by itself.
+    own |= extra & set(checkpoint)
     for what, keys in (("lacks", own - set(checkpoint)), ("holds foreign", set(checkpoint) - own - described)):
         if keys:
             shown = sorted(keys)
@@ -90,6 +97,25 @@ def _check_shapes(module: torch.nn.Module, checkpoint: Checkpoint, states: Mappi
             raise CheckpointError(f"{checkpoint.path}: {name} has shape {saved}", expected=f"{shape}, as in the module")
         if name in layers and name not in states and not bool(checkpoint[name].isfinite().all()):
             raise CheckpointError(f"{checkpoint.path}: {name} holds NaN or inf", expected="finite values")
+
+
+def _check_int8(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    for name, layer in _int8_layers(module).items():
+        weight, scales = (f"{name}.{key}".lstrip(".") for key in ("weight", "SCB"))
+        is_int8 = weight in checkpoint and checkpoint.dtype(weight) == "I8"
+        if is_int8 != (scales in checkpoint):
+            raise CheckpointError(
+                f"{checkpoint.path}: one of {weight} in int8 and {scales} without the other", expected="both or neither"
+            )
+        if is_int8 and math.prod(checkpoint.shape(scales)) != layer.out_features:
+            raise CheckpointError(
+                f"{checkpoint.path}: {scales} has shape {checkpoint.shape(scales)}", expected=f"({layer.out_features},)"
+            )
+
+
+def _int8_layers(module: torch.nn.Module) -> dict[str, Linear8bitLt]:
+    named = module.named_modules(remove_duplicate=False)
+    return {name: layer for name, layer in named if isinstance(layer, Linear8bitLt)}
 
 
 def _layers(module: torch.nn.Module) -> dict[str, Linear4bit]:

@@ -55,6 +55,10 @@ class Checkpoint(Mapping[str, Tensor]):
         """The shape of a tensor as stored, without reading its values."""
         return tuple(self._handles[self._files[name]].get_slice(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """The dtype of a tensor as safetensors spells it (``"U8"``, ``"BF16"``), without reading its values."""
+        return self._handles[self._files[name]].get_slice(name).get_dtype()
+
     @cached_property
     def four_bit(self) -> dict[str, list[str]]:
         """Names of the 4-bit weights, each with the keys that describe it."""
