@@ -84,6 +84,19 @@ def test_any_finite_row_gets_the_textbooks_codes(values: list[float]) -> None:
     check_codes(A, codes, absmax, torch.zeros_like(A, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_value_that_equals_the_threshold_is_an_outlier(dtype: torch.dtype) -> None:
+    A = torch.tensor([[6.0, -6.0, 1.0, 5.0]]).repeat(1, 5).to(dtype)
+    codes, absmax, columns = F.int8_vectorwise_quant(A, THRESHOLD)
+    assert absmax.tolist() == [5.0]
+    assert columns is not None
+    assert columns.tolist() == [k for k in range(20) if k % 4 < 2]
+    assert codes[0, :4].tolist() == [0, 0, 25, 127]
+    CB, SCB = torch.zeros(1, 20, dtype=torch.int8), torch.full((1,), 127.0)
+    CB[0, :4] = torch.tensor([1, 2, 0, 1])
+    assert ops.int8_linear(A, CB, SCB, THRESHOLD).item() == 6.0 - 12.0 + 5.0
+
+
 def test_halves_round_to_even() -> None:
     A = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5]]).repeat(2, 3)
     assert F.int8_vectorwise_quant(A)[0][1, :7].tolist() == [127, 0, 2, 2, 0, -2, 126]
