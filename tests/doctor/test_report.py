@@ -15,6 +15,7 @@ from jsonschema import Draft202012Validator
 from halfbyte.cli import doctor as command
 from halfbyte.doctor import registry
 from halfbyte.doctor.facts.proofs import Proofs, StepProof
+from halfbyte.doctor.facts.toolchain import Folder
 from halfbyte.doctor.facts.torch_import import Device
 from halfbyte.doctor.model import Layer, Level, Measurement
 from halfbyte.doctor.report import Report, compose, json, markdown, text
@@ -190,3 +191,24 @@ def test_the_parent_never_imports_torch(tmp_path: Path):
         [sys.executable, "-c", script], env={"PYTHONPATH": source, "HOME": str(tmp_path)}, check=False
     )
     assert done.returncode in {0, 1, 2}
+
+
+def test_commands_are_in_the_words_of_windows_there():
+    facts = healthy_facts()
+    facts["host"] = replace(facts["host"], system="Windows", environ={"HALFBYTE_BACKEND": "reference"})
+    facts["toolchain"] = replace(facts["toolchain"], numba_cache=Folder("C:/x", "C:/x cannot be written"))
+    commands = [fix.command for finding in report_of(facts).findings for fix in finding.result.fixes]
+    assert "set HALFBYTE_BACKEND=" in commands
+    assert any(command.startswith("set NUMBA_CACHE_DIR=%TEMP%") for command in commands)
+    assert not [command for command in commands if command.startswith(("export", "unset"))]
+
+
+def test_a_failure_of_the_doctor_is_exit_code_3_without_private_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(*_: object) -> None:
+        raise RuntimeError(f"cannot read {Path.home()}/secret")
+
+    monkeypatch.setattr(command, "run_checks", fail)
+    assert command.main(["--quick"]) == 3
+    assert "RuntimeError: cannot read ~/secret" in capsys.readouterr().err

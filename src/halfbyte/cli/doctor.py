@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,9 @@ from halfbyte.doctor.host import Host
 from halfbyte.doctor.model import Level
 from halfbyte.doctor.privacy import Redactor
 from halfbyte.doctor.report import Report, compose, json, markdown, text
+from halfbyte.doctor.report.contents import DOCTOR_FAILED
 from halfbyte.doctor.run import Facts, run_checks
+from halfbyte.errors import HalfbyteError
 
 __all__ = ["main"]
 
@@ -56,6 +60,20 @@ def main(argv: Sequence[str]) -> int:
     if options.list:
         print(reference.markdown() if options.markdown else reference.listing(), end="")
         return 0
+    try:
+        return _examine(options)
+    except HalfbyteError:
+        raise
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DOCTOR_FAILED
+    except Exception:
+        print(Redactor.of(Host.here()).text(traceback.format_exc()), file=sys.stderr)
+        print("The doctor itself failed. Please report the lines above.", file=sys.stderr)
+        return DOCTOR_FAILED
+
+
+def _examine(options: argparse.Namespace) -> int:
     start = time.monotonic()
     level = Level.QUICK if options.quick else Level.FULL if options.full else Level.DEFAULT
     selected, asked = registry.select(level, options.only)

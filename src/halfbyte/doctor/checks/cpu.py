@@ -84,7 +84,7 @@ def numba_cache(toolchain: Toolchain, host: Host) -> Result:
     return Result.passed(f"CPU kernels are kept in {folder.path}")
 
 
-@check("CPU104", classes=("G3",))
+@check("CPU104")
 def cores(cpu: Cpu, host: Host) -> Result:
     """The process may use the cores that it sees.
 

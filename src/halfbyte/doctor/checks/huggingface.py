@@ -80,7 +80,7 @@ def peft_version(packages: Packages, installer: Installer, peer: Peer) -> Result
     return Result.passed(f"peft {version}")
 
 
-@check("HF104", classes=("C1", "C2", "C3", "C4", "C10", "D10", "E3", "E9"))
+@check("HF104", classes=("C1", "C2", "C3", "C4", "C10", "D10", "E3"))
 def real_bitsandbytes(
     peer: Peer, torch_build: TorchBuild, packages: Packages, installer: Installer, host: Host
 ) -> Result:

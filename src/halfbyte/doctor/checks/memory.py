@@ -86,7 +86,7 @@ def shared_memory(memory: Memory, gpu: Gpu) -> Result:
     return Result.passed(f"/dev/shm has {memory.shared / GIB:.1f} GiB")
 
 
-@check("MEM105", requires=("GPU101",), classes=("E7",))
+@check("MEM105", requires=("GPU101",), classes=("E7", "G3"))
 def gpu_memory_free(gpu: Gpu) -> Result:
     """The GPUs' memory is free.
 
@@ -103,6 +103,6 @@ def gpu_memory_free(gpu: Gpu) -> Result:
             "other processes hold most of a GPU's memory",
             *lines,
             fixes=(Fix("see which", "nvidia-smi"),),
-            classes=("E7",),
+            classes=("E7", "G3"),
         )
     return Result.passed("the GPUs' memory is free", *lines)

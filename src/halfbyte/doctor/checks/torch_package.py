@@ -363,7 +363,7 @@ def one_runtime_loaded(torch_import: TorchImport) -> Result:
     return Result.passed("each library is loaded once")
 
 
-@check("TORCH112", requires=("PY102",), classes=("F2", "F4"))
+@check("TORCH112", requires=("PY102",))
 def other_accelerators(host: Host, torch_build: TorchBuild) -> Result:
     """What halfbyte can use on this platform is known.
 

@@ -13,7 +13,8 @@ from halfbyte.doctor.facts.gpu import Gpu
 from halfbyte.doctor.facts.loader import Environment
 from halfbyte.doctor.facts.packages import Packages
 from halfbyte.doctor.facts.torch_build import TorchBuild
-from halfbyte.doctor.model import Layer, Level, Status
+from halfbyte.doctor.host import Host
+from halfbyte.doctor.model import Layer, Level, Result, Status
 from halfbyte.doctor.privacy import Redactor
 from halfbyte.doctor.run import Facts, Finding
 
@@ -61,7 +62,7 @@ def compose(facts: Facts, findings: Sequence[Finding], level: Level, seconds: fl
     """A report from what was found; nothing private passes."""
     redactor = Redactor.of(facts.host)
     shown = tuple(
-        replace(finding, result=redactor.result(finding.result))
+        replace(finding, result=redactor.result(_spoken_here(finding.result, facts.host)))
         for finding in findings
         if finding.asked or finding.result.status in {Status.FAIL, Status.CRASH}
     )
@@ -76,6 +77,17 @@ def compose(facts: Facts, findings: Sequence[Finding], level: Level, seconds: fl
         code,
         seconds,
     )
+
+
+def _spoken_here(result: Result, host: Host) -> Result:
+    """A result whose commands are in the words of the system's own shell."""
+    if not host.windows:
+        return result
+    fixes = tuple(
+        replace(fix, command=re.sub(r"^unset (\w+)", r"set \1=", re.sub(r"^export ", "set ", fix.command)))
+        for fix in result.fixes
+    )
+    return replace(result, fixes=fixes)
 
 
 def _or(call: Callable[[], Any], default: T) -> T:
