@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from halfbyte.functional import quantize_4bit
 from halfbyte.nn import Linear4bit
@@ -115,6 +115,18 @@ def test_unmerging_brings_the_weights_back_within_the_rounding(llama_dir: Path) 
     # Twice rounded to 4 bits, each time by about 9 % of the norm.
     assert (weight(layer.base_layer) - before).norm() < 0.15 * before.norm()
     assert moved > 0
+
+
+def test_the_trainer_trains_an_adapter_on_a_4bit_model(llama_dir: Path, tmp_path: Path) -> None:
+    model = get_peft_model(prepare_model_for_kbit_training(load(llama_dir, **SETTINGS["nf4"])), ADAPTERS["LoRA"])
+    rows = [{"input_ids": row, "labels": row} for row in text_tokens()]
+    settings = TrainingArguments(
+        tmp_path, max_steps=4, learning_rate=1e-2, use_cpu=True, report_to=[], logging_steps=1, save_strategy="no"
+    )
+    trainer = Trainer(model=model, args=settings, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
 
 
 def test_kbit_preparation_leaves_float_storage_packed(llama_dir: Path) -> None:

@@ -96,3 +96,25 @@ def test_the_shim_is_metadata_and_imports_only() -> None:
     code = [line for line in (folder / "bitsandbytes" / "__init__.py").read_text().splitlines()[1:] if line]
     assert all(line.startswith("from halfbyte.integrations.bitsandbytes.shim import ") for line in code)
     assert [path.name for path in (folder / "bitsandbytes").glob("*.py")] == ["__init__.py"]
+
+
+GENERATE = f"""\
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+path = sys.argv[1]
+{SNIPPET}
+tokenizer = AutoTokenizer.from_pretrained(path)
+question = [{{"role": "user", "content": "What is the capital of France?"}}]
+ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))
+"""
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("way", WAYS)
+def test_smollm2_answers_sensibly(way: str, smollm2_dir: Path, tmp_path: Path, shim_site: Path) -> None:
+    done = by(way, GENERATE, [smollm2_dir], tmp_path, shim_site)
+    assert done.returncode == 0, done.stderr
+    assert "Paris" in done.stdout
+    assert re.search(r"^halfbyte: 78\.9% of 134\.5 M weights in nf4; ", done.stderr, re.MULTILINE)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import halfbyte
 from halfbyte.errors import CheckpointError
 from halfbyte.functional import dequantize_4bit, quantize_4bit
+from halfbyte.integrations.transformers import loading_line
 from halfbyte.nn import Linear4bit
 from tests.integrations.conftest import saved
 
@@ -295,6 +296,14 @@ def test_a_model_that_is_mostly_not_quantized_is_a_warning(tmp_path: Path, caplo
     ((level, line),) = receipt_lines(caplog)
     assert level == logging.WARNING
     assert "less than half is quantized, the largest part left alone is model.layers.*.mlp.experts.gate_up_proj" in line
+
+
+def test_fp32_on_a_device_with_fast_16_bit_products_is_a_warning_with_what_to_type(llama_dir: Path) -> None:
+    found = halfbyte.receipt(load(llama_dir), show=False)
+    level, line = loading_line(found, True, torch.device("mps"))
+    assert level == logging.WARNING
+    assert line.endswith("\nhint: BitsAndBytesConfig(..., bnb_4bit_compute_dtype=torch.float16)")
+    assert loading_line(found, False, torch.device("mps")) == (logging.INFO, found.line())
 
 
 def test_quiet_says_nothing(llama_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

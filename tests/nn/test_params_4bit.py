@@ -251,3 +251,9 @@ def test_any_layout_quantizes_in_row_major_order(layout: str) -> None:
 
 def test_an_empty_parameter_can_be_made() -> None:
     assert Params4bit().numel() == 0
+
+
+def test_a_move_to_where_it_is_returns_itself_so_that_it_keeps_its_layer() -> None:
+    layer = Linear4bit(64, 32).to("cpu")
+    assert layer.weight.to("cpu") is layer.weight
+    assert layer.weight.to(torch.device("cpu")) is layer.weight

@@ -17,8 +17,11 @@ CACHED = (
 """Functions that cache their answer (module, name)."""
 
 IMPORTED = (
-    ("transformers.integrations.bitsandbytes", "bnb"),
+    ("diffusers.quantizers.bitsandbytes.utils", "bnb"),
     ("peft.helpers", "bnb"),
+    ("transformers.integrations.bitsandbytes", "bnb"),
+    ("trl.experimental.online_dpo.online_dpo_trainer", "bnb"),
+    ("trl.generation.vllm_generation", "bnb"),
 )
 """Globals that hold bitsandbytes, or nothing where it was not there at their import (module, name)."""
 
@@ -26,12 +29,15 @@ LIBRARIES = frozenset({"accelerate", "diffusers", "peft", "transformers", "trl"}
 """Packages searched for modules that still hold another bitsandbytes."""
 
 
-def refresh() -> None:
-    """Make loaded libraries see bitsandbytes as it is now. Loads none of them."""
+def refresh(version: str) -> None:
+    """Make loaded libraries see this version of bitsandbytes. Loads none of them."""
     for module, name in CACHED:
         clear = getattr(getattr(sys.modules.get(module), name, None), "cache_clear", None)
         if clear is not None:
             clear()
+    diffusers = sys.modules.get("diffusers.utils.import_utils")
+    if diffusers is not None:
+        vars(diffusers).update(_bitsandbytes_available=True, _bitsandbytes_version=version)
     _renew_globals()
     _renew_peft_layers()
 

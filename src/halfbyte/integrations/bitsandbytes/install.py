@@ -9,6 +9,7 @@ import sys
 from halfbyte.errors import EnvironmentConflictError
 from halfbyte.integrations import libraries
 from halfbyte.integrations.bitsandbytes.finder import NAME, find_installed, put_first
+from halfbyte.integrations.bitsandbytes.names import VERSION
 
 __all__ = ["install_as_bitsandbytes"]
 
@@ -41,7 +42,7 @@ def install_as_bitsandbytes(replace: bool = False) -> None:
                 " to go before it in this process",
             )
     _forget_real()
-    libraries.refresh()
+    libraries.refresh(VERSION)
     libraries.watch()
 
 
