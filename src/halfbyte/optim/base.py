@@ -201,6 +201,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
 
     # The step
 
+    @torch._disable_dynamo  # pyright: ignore  # the step is fused already: there is nothing to trace
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every parameter that has a gradient.
@@ -232,8 +233,6 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         else:
             self._update(chosen)
         return loss
-
-    step._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]  # a fused step gains nothing by tracing
 
     def _prepare(self) -> None:
         if not self.initialized:

@@ -3,4 +3,4 @@
 from halfbyte.backends.cpu import blockwise, four_bit, int8, matmul, optimizer
 from halfbyte.backends.cpu.ahead import warmup
 
-__all__ = ["blockwise", "four_bit", "int8", "matmul", "warmup"]
+__all__ = ["blockwise", "four_bit", "int8", "matmul", "optimizer", "warmup"]

@@ -17,9 +17,9 @@ __all__ = ["Ranks", "ranks"]
 class Ranks:
     """A table over runs of fp32 values.
 
-    The bits of an fp32 value, with those of negative values turned around, rise with the value as a signed integer. Its
-    high part (shifted right by ``shift``) is the key of a run, which at most one midpoint cuts. The entry holds the rank
-    below the cut in 8 bits, and above them the low bits of the midpoint: a value with larger ones has one rank more.
+    The bits of an fp32 value, with those of negative values turned around, rise with the value as a signed integer.
+    Its high part (shifted right by ``shift``) is the key of a run, which at most one midpoint cuts. The entry holds the
+    rank below the cut in 8 bits, and above them the low bits of the midpoint: a value with larger ones is one higher.
 
     Attributes:
         table: i32 for each key from ``low`` to ``high``.
