@@ -218,6 +218,14 @@ def test_a_weight_that_is_not_finite_is_refused_and_stays_as_it_was(bad: float, 
     assert weight.dtype == torch.float32
 
 
+def test_values_whose_mean_scale_overflows_are_refused_with_double_quantization_only() -> None:
+    huge = torch.full((64, 64), 3.3e38)
+    with pytest.raises(ArgumentError, match=r"overflows float32[^\n]*\nhint: use compress_statistics=False"):
+        Params4bit(huge).to("cpu")
+    weight = Params4bit(huge, compress_statistics=False).to("cpu")
+    assert torch.equal(F.dequantize_4bit(weight.data, weight.quant_state), huge)
+
+
 def test_a_weight_that_wants_gradients_is_refused_with_the_way_out() -> None:
     weight = Params4bit(torch.randn(8, 64), requires_grad=True)
     with pytest.raises(ArgumentError, match=r"requires_grad=False"):

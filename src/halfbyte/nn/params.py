@@ -152,6 +152,12 @@ class Params4bit(torch.nn.Parameter):
         scales = state.absmax if state.offset is None else state.offset
         if not bool(torch.isfinite(scales).all()):
             bad = int((~torch.isfinite(weight)).sum())
+            if not bad:
+                raise ArgumentError(
+                    f"the mean scale of a weight of shape {tuple(weight.shape)} overflows float32",
+                    expected="smaller values",
+                    hint="use compress_statistics=False, or divide the weight by a constant",
+                )
             raise ArgumentError(
                 f"a weight of shape {tuple(weight.shape)} holds {bad} NaN or inf values",
                 expected="finite values",
