@@ -9,7 +9,8 @@ from halfbyte.doctor.checks import (
     numerics,
     python,
     speed,
-    torch_package,
+    torch_build,
+    torch_import,
     triton,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "numerics",
     "python",
     "speed",
-    "torch_package",
+    "torch_build",
+    "torch_import",
     "triton",
 ]
