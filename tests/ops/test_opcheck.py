@@ -8,6 +8,7 @@ import torch
 
 import halfbyte.functional as F
 from halfbyte.ops import defined_ops
+from halfbyte.rules import hyper, rule_named
 from tests.support.hard_inputs import DTYPES, weights
 
 ops = torch.ops.halfbyte
@@ -58,6 +59,20 @@ def _quantize_blockwise(dtype: torch.dtype, **named: Any) -> Call:
     return (weights(5 * 70, dtype).view(5, 70), F.create_dynamic_map(), 64), named
 
 
+def _step(dtype: torch.dtype, bits: int, rule: str, **named: Any) -> Call:
+    """Two parameters, one of them with a gradient of another dtype."""
+    signed = rule_named(rule).signed
+    params = [weights(300, dtype), weights(70, dtype).view(7, 10)]
+    grads = [weights(300, dtype, seed=1), weights(70, seed=2).view(7, 10)]
+    numbers = torch.tensor(hyper(lr=0.1, beta1=0.9, beta2=0.99, beta3=0.999, alpha=2.0, eps=1e-8, step=2))
+    if bits == 32:
+        return (params, grads, [p.float() * 0.1 for p in params for _ in signed], numbers, rule), named
+    states = [torch.full(p.shape, 130, dtype=torch.uint8) for p in params for _ in signed]
+    absmax = [torch.full((-(-p.numel() // 256),), 0.1) for p in params for _ in signed]
+    maps = [F.create_dynamic_map(one) for one in signed]
+    return (params, grads, states, absmax, maps, numbers, 256, rule), named
+
+
 CALLS: dict[str, Callable[[torch.dtype], list[Call]]] = {
     "quantize_4bit": lambda d: [
         ((weights(N * K, d).view(N, K), BLOCK, "nf4", torch.uint8), {}),
@@ -80,11 +95,14 @@ CALLS: dict[str, Callable[[torch.dtype], list[Call]]] = {
     ],
     "dequantize_blockwise": lambda d: [_dequantize_blockwise(d)],
     "dequantize_blockwise.out": lambda d: [_dequantize_blockwise(d, out=torch.zeros(5, 70, dtype=d))],
+    "optimizer_step_32bit": lambda d: [_step(d, 32, "adam"), _step(d, 32, "lion", skip_zeros=True)],
+    "optimizer_step_8bit": lambda d: [_step(d, 8, "ademamix"), _step(d, 8, "momentum", seed=7)],
+    "optimizer_update_norm": lambda d: [_step(d, 32, "adam")],
 }
 
 
-def test_every_four_bit_and_blockwise_op_is_checked_here() -> None:
-    here = ("_4bit", "_blockwise")
+def test_every_four_bit_blockwise_and_optimizer_op_is_checked_here() -> None:
+    here = ("_4bit", "_blockwise", "optimizer_")
     assert {name for name in defined_ops() if any(part in name for part in here)} == set(CALLS)
 
 

@@ -17,6 +17,7 @@ from halfbyte.optim.lamb import LAMB, LAMB8bit, LAMB32bit
 from halfbyte.optim.lars import LARS, LARS8bit, LARS32bit, PytorchLARS
 from halfbyte.optim.lion import Lion, Lion8bit, Lion32bit, PagedLion, PagedLion8bit, PagedLion32bit
 from halfbyte.optim.manager import GlobalOptimManager, MockArgs
+from halfbyte.optim.release import step_in_backward
 from halfbyte.optim.rmsprop import RMSprop, RMSprop8bit, RMSprop32bit
 from halfbyte.optim.sgd import SGD, SGD8bit, SGD32bit
 from halfbyte.optim.states import Optimizer1State, Optimizer2State
@@ -70,4 +71,5 @@ __all__ = [
     "RMSprop32bit",
     "SGD8bit",
     "SGD32bit",
+    "step_in_backward",
 ]

@@ -228,11 +228,18 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         ]
         if type(self).update_step is not Optimizer8bit.update_step:
             for group, p, gindex, pindex in chosen:
-                self._ensure_state(group, p, gindex, pindex)
-                self.update_step(group, p, gindex, pindex)
+                self.step_one(group, p, gindex, pindex)
         else:
             self._update(chosen)
         return loss
+
+    @torch.no_grad()
+    def step_one(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
+        """Step the parameter at this place alone, if it has a gradient."""
+        if p.grad is not None:
+            self._prepare()
+            self._ensure_state(group, p, gindex, pindex)
+            self.update_step(group, p, gindex, pindex)
 
     def _prepare(self) -> None:
         if not self.initialized:
