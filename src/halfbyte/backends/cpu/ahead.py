@@ -25,7 +25,7 @@ def plan(
     found: list[tuple[str, dict[str, Any]]] = []
     halves = sorted({blocksize < CHUNK for blocksize in blocksizes})
     for dtype in (DTYPES[one] for one in dtypes):
-        found.append(("quantize_4bit", {"dtype": dtype, "coding": "rank"}))
+        found.append(("quantize_4bit", {"dtype": dtype, "coding": "rank", "buckets": host.level().wide_lookup}))
         for double, half in itertools.product(nested, halves):
             found += [
                 ("dequantize_4bit", {"dtype": dtype, "nested": double, "halves": half, "exact": exact})

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.backends.cpu import memory, tables
+from halfbyte.backends.cpu import host, memory, tables
 from halfbyte.backends.cpu.call import DTYPES, kernel
 from halfbyte.backends.registry import implements
 from halfbyte.formats import blocks
@@ -39,11 +39,12 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: tor
 def _quantize_blocks(flat: Tensor, blocksize: int, quant_type: str, packed: Tensor, absmax: Tensor, count: int) -> None:
     if not count:
         return
-    table, coding = tables.search(quant_type)
-    run = kernel("quantize_4bit", dtype=DTYPES[flat.dtype], coding=coding)
+    found = tables.search(quant_type)
+    buckets = found.buckets and host.level().wide_lookup
+    run = kernel("quantize_4bit", dtype=DTYPES[flat.dtype], coding=found.coding, buckets=buckets)
     a_piece = max(1, PIECE // blocksize)
     pieces = blocks.block_count(count, a_piece)
-    run(pieces, flat.data_ptr(), packed.data_ptr(), absmax.data_ptr(), table.address, count, blocksize, a_piece)
+    run(pieces, flat.data_ptr(), packed.data_ptr(), absmax.data_ptr(), found.table.address, count, blocksize, a_piece)
 
 
 def _quantize_short(tail: Tensor, blocksize: int, quant_type: str, packed: Tensor, absmax: Tensor) -> None:

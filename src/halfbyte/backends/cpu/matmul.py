@@ -19,7 +19,7 @@ from halfbyte.backends.registry import implements
 __all__ = ["gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "tiles_in_use"]
 
 SLICE_BYTES = 16 << 20
-"""Dequantized weight worked on at a time: little memory, and few calls of torch's product, which cost some 50 µs each."""
+"""Dequantized weight worked on at a time: little memory, yet few calls of torch's product (some 50 µs each)."""
 
 PANEL_BYTES = 16 << 10
 """Activations that a tile works on at a time: half of the smallest first-level cache."""

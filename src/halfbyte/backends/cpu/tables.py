@@ -16,9 +16,11 @@ from halfbyte.backends.cpu.kernels.levels import (
     TABLE_EXACT,
     TABLE_EXACT_PLANES,
 )
+from halfbyte.backends.cpu.kernels.quantize import FACTOR, ROUND_MAGNITUDE, ROUND_SIGNED
+from halfbyte.backends.cpu.kernels.quantize import TABLE_BYTES as SEARCH_BYTES
 from halfbyte.formats.codebook import Codebook, codebook
 
-__all__ = ["Buckets", "Table", "buckets", "lookup", "lookup_of", "search"]
+__all__ = ["Buckets", "Search", "Table", "buckets", "lookup", "lookup_of", "search"]
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -55,12 +57,23 @@ def lookup_of(quant_type: str) -> Table:
     return lookup(codebook(quant_type).table.tobytes())
 
 
-@functools.lru_cache(maxsize=64)
-def search(quant_type: str) -> tuple[Table, str]:
-    """Search tree and code of each rank for a registered 4-bit codebook, and how its codes come from ranks.
+@dataclass(frozen=True)
+class Search:
+    """Table of ``kernels/quantize.py`` for a codebook, how codes come from ranks, whether its buckets are usable."""
 
-    Node ``i`` of the tree has the children ``2 i`` and ``2 i + 1``; a value above the node's midpoint goes to the
-    second. After four steps from node 1 the place below the tree is 16 plus the rank.
+    table: Table
+    coding: str
+    buckets: bool
+
+
+@functools.lru_cache(maxsize=64)
+def search(quant_type: str) -> Search:
+    """What finds the ranks and codes of a registered 4-bit codebook.
+
+    Node ``i`` of the search tree has the children ``2 i`` and ``2 i + 1``; a value above the node's midpoint goes to
+    the second. After four steps from node 1 the place below the tree is 16 plus the rank.
+
+    Buckets are equal parts of the values' range with at most one midpoint each.
     """
     book = codebook(quant_type)
     midpoints = np.full(15, np.inf, np.float32)
@@ -71,7 +84,26 @@ def search(quant_type: str) -> tuple[Table, str]:
         tree[node] = midpoints[((2 * (node - (1 << depth)) + 1) << (3 - depth)) - 1]
     codes = np.zeros(16, np.uint8)
     codes[: len(book.rank_to_code)] = book.rank_to_code
-    return Table.of(np.concatenate([tree.view(np.uint8), codes])), _coding(book)
+    parts = _parts(book.midpoints, signed=book.sign_bit is None)
+    empty = np.zeros(SEARCH_BYTES - FACTOR, np.uint8)
+    block = np.concatenate([tree.view(np.uint8), codes, empty if parts is None else parts])
+    return Search(Table.of(block), _coding(book), parts is not None)
+
+
+def _parts(midpoints: FloatArray, signed: bool) -> npt.NDArray[np.uint8] | None:
+    """Factor, midpoint and rank below of the 32 buckets, as bytes; None where two midpoints share one.
+
+    A value's bucket is the five low bits of ``value * factor + ROUND_...``, which rises with the value.
+    """
+    factor = np.float32(15.49 if signed else 31.49)
+    offset = np.float32(ROUND_SIGNED if signed else ROUND_MAGNITUDE)
+    place = (midpoints * factor + offset).view(np.int32) & 31
+    if np.unique(place).size < place.size:
+        return None
+    middle = np.full(32, np.inf, np.float32)
+    below = (place[None, :] < np.arange(32)[:, None]).sum(axis=1).astype(np.int32)
+    middle[place] = midpoints
+    return np.concatenate([np.array([factor], np.float32).view(np.uint8), middle.view(np.uint8), below.view(np.uint8)])
 
 
 def _coding(book: Codebook) -> str:

@@ -45,6 +45,7 @@ class Level:
         lanes: fp32 values in a register.
         half_native: The CPU converts fp16 itself.
         dot_bf16: Products of bf16 pairs are summed by one instruction.
+        wide_lookup: 32 values are looked up about as fast as 16.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Level:
     lanes: int
     half_native: bool = True
     dot_bf16: bool = False
+    wide_lookup: bool = False
 
     @property
     def register_bytes(self) -> int:
@@ -96,6 +98,14 @@ class Level:
 
     def tree(self, e: Emitter, address: Value) -> object:
         """Load a search tree of 16 fp32, before the loops."""
+        raise NotImplementedError
+
+    def wide_table(self, e: Emitter, address: Value, elem: str) -> object:
+        """Load 32 fp32 or i32, before the loops; with ``wide_lookup``."""
+        raise NotImplementedError
+
+    def lookup_wide(self, e: Emitter, table: object, index: Value, elem: str) -> Value:
+        """Entries of a wide table; only the five low bits of the i32 ``index`` count."""
         raise NotImplementedError
 
     def shuffle_bytes(self, e: Emitter, table: Value, codes: Value) -> Value:
@@ -205,6 +215,19 @@ class LaneLevel(Level):
 
     def node(self, e: Emitter, tree: object, index: Value, depth: int) -> Value:
         return self._levels(e, tree, index)
+
+    def wide_table(self, e: Emitter, address: Value, elem: str) -> object:
+        if not self._permutes:
+            return address
+        return [e.load(Type(elem, 16), address + 64 * half) for half in range(2)]
+
+    def lookup_wide(self, e: Emitter, table: object, index: Value, elem: str) -> Value:
+        if not self._permutes:
+            assert isinstance(table, Value)
+            return self._scalar_lookup(e, table, index & 31, Type(elem))
+        assert isinstance(table, list)
+        name = f"llvm.x86.avx512.vpermi2var.{'ps' if elem == 'float' else 'd'}.512"
+        return e.call(name, index.type.of(elem), [table[0], index, table[1]])
 
     def shuffle_bytes(self, e: Emitter, table: Value, codes: Value) -> Value:
         if self._permutes and codes.type.lanes == 64:
@@ -367,10 +390,12 @@ _V3 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
 
 LEVELS: tuple[Level, ...] = (
-    LaneLevel("avx512bf16", "x86_64", "x86-64-v4", "+avx512bf16", _V4 | {"avx512bf16"}, 16, dot_bf16=True),
-    LaneLevel("avx512", "x86_64", "x86-64-v4", "", _V4, 16),
+    LaneLevel(
+        "avx512bf16", "x86_64", "x86-64-v4", "+avx512bf16", _V4 | {"avx512bf16"}, 16, dot_bf16=True, wide_lookup=True
+    ),
+    LaneLevel("avx512", "x86_64", "x86-64-v4", "", _V4, 16, wide_lookup=True),
     PlaneLevel("avx2", "x86_64", "x86-64-v3", "", _V3, 8),
     PlaneLevel("neon", "aarch64", "generic", "+neon", frozenset(), 4),
-    LaneLevel("portable", "", "", "", frozenset(), 4, half_native=False),
+    LaneLevel("portable", "", "", "", frozenset(), 4, half_native=False, wide_lookup=True),
 )
 """Best first."""

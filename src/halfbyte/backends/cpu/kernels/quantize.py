@@ -1,4 +1,4 @@
-"""Values to packed 4-bit codes: absmax of a block, then the rank among midpoints by a search tree in registers."""
+"""Values to packed 4-bit codes: absmax of a block, then the rank among midpoints by tables in registers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from halfbyte.backends.cpu.kernels.emitter import F32, Emitter, Type, Value
 from halfbyte.backends.cpu.kernels.levels import Level
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float
 
-__all__ = ["ARGUMENTS", "TREE_BYTES", "Blocks", "emit"]
+__all__ = ["ARGUMENTS", "Blocks", "emit"]
 
 ARGUMENTS = ("source", "packed", "absmax", "tables", "blocks", "blocksize", "blocks_a_piece")
-"""``tables``: the midpoints as a search tree of 16 fp32, then the code of each rank as 16 bytes."""
+"""``tables``: see the constants below."""
 
-TREE_BYTES = 64
+TREE, CODES, FACTOR, MIDPOINTS, RANKS, TABLE_BYTES = 0, 64, 80, 84, 212, 340
+"""Where the table holds the midpoints as a search tree of 16 fp32, the code of each rank as 16 bytes, and for levels
+with wide lookups the factor that takes a value to its bucket, the midpoint in each of 32 buckets and the rank below."""
+
+ROUND_MAGNITUDE, ROUND_SIGNED = 1.5 * 2.0**23, 1.5 * 2.0**23 + 16
+"""Added to a small fp32, they leave the nearest integer, or that plus 16, in the low bits: the bucket. Values from -1
+to 1 take buckets 1 to 31, so that bucket 0, where a NaN without payload falls, has rank 0 in either case."""
 UNIT = 32
 """Values encoded at a time; every block has a whole number of units."""
 
@@ -51,15 +57,16 @@ class Blocks:
         return e.splat(boost, self.level.lanes), e.splat(reciprocal, self.level.lanes)
 
 
-def emit(e: Emitter, level: Level, *, dtype: str, coding: str) -> None:
+def emit(e: Emitter, level: Level, *, dtype: str, coding: str, buckets: bool) -> None:
     """Write the kernel.
 
     Args:
         dtype: Of the source.
         coding: ``rank`` where codes rise with the value, ``map`` where they do not, ``sign`` for magnitude and sign.
+        buckets: Ranks by buckets instead of the tree: a third of the work, on levels with wide lookups.
     """
     source, packed, absmax, tables, blocks, blocksize, a_piece = (e.argument(name) for name in ARGUMENTS)
-    tree, codes = level.tree(e, tables), e.load(Type("i8", 16), tables + TREE_BYTES)
+    ranks = _Ranks(e, level, tables, coding, buckets)
     walk = Blocks(e, level, dtype)
     with e.pieces() as piece:
         start = piece * a_piece
@@ -70,36 +77,61 @@ def emit(e: Emitter, level: Level, *, dtype: str, coding: str) -> None:
             e.store(scale, absmax + (block << 2))
             factors = walk.factors(scale)
             to = packed + ((block * blocksize) >> 1)
-            with e.loop(0, blocksize, UNIT) as unit:
+            with e.when(e.compare("ord", scale, scale)), e.loop(0, blocksize, UNIT) as unit:
                 values = [value * factors[0] * factors[1] for value in walk.load_unit(address + unit * ITEMSIZE[dtype])]
-                e.store(_pack(e, level, values, tree, codes, coding), to + (unit >> 1))
+                e.store(ranks.pack([ranks.rank(value) for value in values]), to + (unit >> 1))
+            with e.when(e.compare("uno", scale, scale)), e.loop(0, blocksize, UNIT) as unit:
+                zeros = [e.const(Type("i32", level.lanes), 0)] * walk.per_unit
+                e.store(ranks.pack(zeros), to + (unit >> 1))
 
 
-def _pack(e: Emitter, level: Level, values: list[Value], tree: object, codes: Value, coding: str) -> Value:
-    """One byte for every two values."""
-    ranks = [_rank(e, level, value, tree, coding == "sign") for value in values]
-    narrow = e.convert("trunc", e.concat(ranks), "i8")
-    if coding == "map":
-        narrow = level.lookup_bytes(e, codes, narrow)
-    elif coding == "sign":
-        narrow = level.lookup_bytes(e, codes, narrow & 15) | ((narrow >> 4) & 8)
-    pairs = e.bits(narrow, Type("i16", UNIT // 2))
-    return e.convert("trunc", ((pairs << 4) | (pairs >> 8)) & 0xFF, "i8")
+class _Ranks:
+    """Number of midpoints strictly below a value, and the packed codes of ranks."""
 
+    def __init__(self, e: Emitter, level: Level, tables: Value, coding: str, buckets: bool) -> None:
+        self.e, self.level, self.coding, self.buckets = e, level, coding, buckets
+        self.codes = e.load(Type("i8", 16), tables + CODES)
+        if buckets:
+            self.factor = e.splat(e.load(F32, tables + FACTOR), level.lanes)
+            self.midpoints = level.wide_table(e, tables + MIDPOINTS, "float")
+            self.below = level.wide_table(e, tables + RANKS, "i32")
+        else:
+            self.tree = level.tree(e, tables + TREE)
 
-def _rank(e: Emitter, level: Level, value: Value, tree: object, by_magnitude: bool) -> Value:
-    """Number of midpoints strictly below, as i32; with bit 7 for negative values where signs count. NaN has rank 0."""
-    word = value.type.of("i32")
-    sought = value
-    if by_magnitude:
+    def rank(self, value: Value) -> Value:
+        """As i32; with bit 7 for negative values where signs count. NaN has rank 0 (its low bits are zero here)."""
+        e, word = self.e, value.type.of("i32")
+        if self.coding != "sign":
+            return self._by_bucket(value, value) if self.buckets else self._by_tree(value)
         # Ties take the lower value: one ulp more for negative values makes "strictly below" an "at most".
         bits = e.bits(value, word)
-        sought = e.bits((bits & 0x7FFFFFFF) + ((bits >> 31) & 1), value.type)
-    index = e.const(word, 1)
-    for depth in range(4):
-        above = e.convert("sext", e.compare("ogt", sought, level.node(e, tree, index, depth)), "i32")
-        index = index + index - above
-    rank = index & 15
-    if by_magnitude:
-        rank = rank | (e.convert("sext", e.compare("olt", value, 0.0), "i32") & 0x80)
-    return rank
+        magnitude = bits & 0x7FFFFFFF
+        sought = e.bits(magnitude + (bits >> 31), value.type)
+        rank = self._by_bucket(e.bits(magnitude, value.type), sought) if self.buckets else self._by_tree(sought)
+        return rank | (e.convert("sext", e.compare("olt", value, 0.0), "i32") & 0x80)
+
+    def _by_bucket(self, place: Value, value: Value) -> Value:
+        e, word = self.e, value.type.of("i32")
+        index = e.bits(place * self.factor + (ROUND_MAGNITUDE if self.coding == "sign" else ROUND_SIGNED), word)
+        midpoint = self.level.lookup_wide(e, self.midpoints, index, "float")
+        below = self.level.lookup_wide(e, self.below, index, "i32")
+        return below - e.convert("sext", e.compare("ogt", value, midpoint), "i32")
+
+    def _by_tree(self, value: Value) -> Value:
+        e = self.e
+        index = e.const(value.type.of("i32"), 1)
+        for depth in range(4):
+            node = self.level.node(e, self.tree, index, depth)
+            index = index + index - e.convert("sext", e.compare("ogt", value, node), "i32")
+        return index & 15
+
+    def pack(self, ranks: list[Value]) -> Value:
+        """One byte for every two values."""
+        e = self.e
+        narrow = e.convert("trunc", e.concat(ranks), "i8")
+        if self.coding == "map":
+            narrow = self.level.lookup_bytes(e, self.codes, narrow)
+        elif self.coding == "sign":
+            narrow = self.level.lookup_bytes(e, self.codes, narrow & 15) | ((narrow >> 4) & 8)
+        pairs = e.bits(narrow, Type("i16", UNIT // 2))
+        return e.convert("trunc", ((pairs << 4) | (pairs >> 8)) & 0xFF, "i8")
