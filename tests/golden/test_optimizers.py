@@ -1,7 +1,9 @@
 """State dicts that bitsandbytes 0.50.2 wrote resume here with the same next step; its signatures are ours."""
 
+import copy
 import inspect
 import json
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,10 +49,14 @@ def resumed(case: dict[str, Any], state_dict: dict[str, Any]) -> tuple[list[torc
 def check_next_step(case: dict[str, Any], state_dict: dict[str, Any]) -> None:
     params, _ = resumed(case, state_dict)
     for p, before, after in zip(params, case["before"], case["after"], strict=True):
-        step = (after.double() - before.double()).abs()
-        allowed = TOLERANCES["optimizer step fp32"].relative * (before.double().abs() + step)
-        allowed += after.double().abs() * 2 * rounding(p.dtype).relative  # both sides are rounded
-        close("next step", p, after, TOLERANCES["optimizer step"], allowed)
+        check_close("next step", p, before, after)
+
+
+def check_close(name: str, p: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+    step = (after.double() - before.double()).abs()
+    allowed = TOLERANCES["optimizer step fp32"].relative * (before.double().abs() + step)
+    allowed += after.double().abs() * 2 * rounding(p.dtype).relative  # both sides are rounded
+    close(name, p, after, TOLERANCES["optimizer step"], allowed)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -131,3 +137,31 @@ def test_a_state_that_does_not_fit_is_refused(key: str, value: torch.Tensor) -> 
     damaged["state"][0]["__bnb_optimizer_quant_state__"][key] = value
     with pytest.raises(CheckpointError):
         optimizer.load_state_dict(damaged)
+
+
+@pytest.mark.peer
+def test_bitsandbytes_resumes_what_we_save(tmp_path: Path, peer_python: str) -> None:
+    cases: dict[str, Any] = {}
+    ours: dict[str, list[torch.Tensor]] = {}
+    for name, golden in written().items():
+        params = [torch.nn.Parameter(value) for value in draw(0, golden["dtype"])]
+        optimizer = getattr(optim, golden["class"])(params, **golden["settings"], min_8bit_size=1000)
+        for step in (1, 2, 3, 4):
+            gradients = draw(step, golden["dtype"])
+            if step == 4:
+                before = [p.detach().clone() for p in params]
+                saved = {"class": golden["class"], "settings": golden["settings"], "before": before}
+                cases[name] = {**saved, "gradients": gradients, "state_dict": copy.deepcopy(optimizer.state_dict())}
+            for p, gradient in zip(params, gradients, strict=True):
+                p.grad = gradient
+            optimizer.step()
+        ours[name] = [p.detach().clone() for p in params]
+    torch.save(cases, tmp_path / "ours.pt")
+    script = FOLDER / "read_with_peer.py"
+    command = [peer_python, "-W", "ignore", str(script), str(tmp_path / "ours.pt"), str(tmp_path / "theirs.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(tmp_path / "theirs.pt")
+    for name, case in cases.items():
+        for left, right, before in zip(ours[name], theirs[name], case["before"], strict=True):
+            check_close(name, left, before, right)
