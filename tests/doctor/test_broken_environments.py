@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.support.environments import (
     CUDA_STUB_VERSION,
+    SOURCE,
     Environment,
     add_distribution,
     make_environment,
@@ -217,3 +219,12 @@ def test_it_runs_with_a_home_that_cannot_be_written(tmp_path: Path):
     run = made.run("--quick", HOME="/proc/nowhere")
     assert run.check("CPU103")["classes"] == ["D14"]
     assert not [each for each in run.json["checks"] if each["status"] == "crash"]
+
+
+@pytest.mark.peer
+def test_the_real_bitsandbytes_itself(tmp_path: Path):
+    peer = Environment(tmp_path, os.environ["HALFBYTE_PEER_PYTHON"], {"PYTHONPATH": str(SOURCE)})
+    check = peer.run("--quick", "--only", "HF104").check("HF104")
+    assert check["status"] == "pass"
+    assert "libbitsandbytes_cpu.so" in " ".join(check["evidence"])
+    assert "CUDA 11.8, 12.1, 12.4, 12.6, 12.8, 13.0, 13.2" in " ".join(check["evidence"])

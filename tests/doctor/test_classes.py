@@ -24,7 +24,7 @@ from halfbyte.doctor.model import Measurement, Result, Status
 from tests.support.doctor_facts import H100, healthy_facts, package_table, proof_of
 
 FAIL, WARN, PASS = Status.FAIL, Status.WARN, Status.PASS
-T4 = Device("cuda:0", "Tesla T4", (7, 5), 15 << 30, 15 << 30, "emulated")
+T4 = Device("cuda:0", "Tesla T4", (7, 5), 15 << 30, "emulated")
 GTX1080 = SmiGpu("NVIDIA GeForce GTX 1080", 8192, 0, (6, 1))
 GB10 = SmiGpu("NVIDIA GB10", 122880, 0, (12, 1))
 PEER = Peer("0.50.2", "/site/bitsandbytes", ("11.8", "12.8", "13.0"), (), True, "libbitsandbytes_cuda130.so")
@@ -122,7 +122,7 @@ CASES = (
         {"gpu": {**CONTAINER, "container": "", "userspace": "", "modules": frozenset({"nouveau"})}},
         "nvidia-driver",
     ),
-    Case("A7", "GPU103", {"gpu": {"nodes": (Node("/dev/nvidia0", "EACCES", 44, 0o660),)}}, "usermod -aG video"),
+    Case("A7", "GPU103", {"gpu": {"nodes": (Node("/dev/nvidia0", "EACCES", "video", 0o660),)}}, "usermod -aG video"),
     Case("A7-smi", "GPU103", {"gpu": {"smi_error": "Failed to initialize NVML: Insufficient Permissions"}}, "usermod"),
     Case(
         "A8", "GPU104", {"gpu": {"nodes": (Node("/dev/nvidiactl", "EPERM"),), "container": "Docker"}}, "docker restart"

@@ -317,3 +317,9 @@ def test_the_stand_in_is_known_in_a_source_folder_too(host: Host):
     assert peer(host, packages(host), TorchBuild()).stand_in is True
     (folder / "__init__.py").write_text("import torch\n")
     assert peer(host, packages(host), TorchBuild()).stand_in is False
+
+
+def test_the_group_of_a_device_file_is_named(host: Host):
+    node = plant(host, "/dev/nvidia0")
+    plant(host, "/etc/group", f"root:x:99999:\nrender:x:{node.stat().st_gid}:\n")
+    assert gpu(host).nodes[0].group == "render"

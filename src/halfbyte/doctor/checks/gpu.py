@@ -86,7 +86,8 @@ def device_permissions(gpu: Gpu, host: Host) -> Result:
         )
     if closed:
         lines = [f"{node.path}: mode {node.mode:o}, group {node.group}" for node in closed]
-        fixes = [Fix("join the group that owns them, then log in again", "sudo usermod -aG video $USER")]
+        group = closed[0].group if closed[0].group not in {"", "root", "0"} else "video"
+        fixes = [Fix("join the group that owns them, then log in again", f"sudo usermod -aG {group} $USER")]
         if gpu.container:
             fixes.insert(0, Fix("keep the user's groups in the container", "podman run --group-add keep-groups ..."))
         return Result.failed(

@@ -95,6 +95,7 @@ def _capability(device: Device) -> str:
 
 def _sees_none(torch_import: TorchImport) -> Result:
     answers = tuple(line for line in (torch_import.cuda_error, *torch_import.warnings) if line)
+    answers = (*answers, f"torch.cuda.is_available() is {torch_import.available}")
     mask = torch_import.mask_culprit
     if mask is not None:
         return Result.failed(

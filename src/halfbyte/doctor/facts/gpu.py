@@ -32,11 +32,11 @@ _SMI_FIELDS = ("name", "driver_version", "memory.total", "memory.used", "compute
 
 @dataclass(frozen=True)
 class Node:
-    """A device file: ``problem`` is empty, or the name of the error that opening it would give."""
+    """A device file: ``problem`` is empty, or the name of the error that opening it would give; ``group`` owns it."""
 
     path: str
     problem: str = ""
-    group: int = 0
+    group: str = ""
     mode: int = 0
 
 
@@ -63,7 +63,6 @@ class Gpu:
         smi: GPUs that ``nvidia-smi`` lists.
         smi_error: What it says instead; empty where it works or is absent.
         container: ``"Docker"``, ``"Podman"``, ``"Kubernetes"``, ``"container"``; empty outside one.
-        groups: The user's groups.
         wsl: Windows' Linux.
         wsl_library: ``/usr/lib/wsl/lib/libcuda.so.1`` is there.
         windows_driver: Windows' ``nvcuda.dll`` is there.
@@ -81,7 +80,6 @@ class Gpu:
     smi: tuple[SmiGpu, ...] = ()
     smi_error: str = ""
     container: str = ""
-    groups: tuple[int, ...] = ()
     wsl: bool = False
     wsl_library: bool = False
     windows_driver: bool = False
@@ -126,7 +124,7 @@ class Gpu:
 def gpu(host: Host) -> Gpu:
     """GPUs as the operating system shows them."""
     listed, error, smi_driver = _smi(host)
-    nodes = tuple(_node(path) for path in sorted(host.path("/dev").glob("nvidia*")) if not path.is_dir())
+    nodes = tuple(_node(host, path) for path in sorted(host.path("/dev").glob("nvidia*")) if not path.is_dir())
     return Gpu(
         bus=_bus(host),
         driver=_kernel_module(host) or (smi_driver if host.windows or listed else ""),
@@ -136,7 +134,6 @@ def gpu(host: Host) -> Gpu:
         smi=listed,
         smi_error=error,
         container=_container(host),
-        groups=tuple(os.getgroups()) if hasattr(os, "getgroups") else (),
         wsl="microsoft" in host.read("/proc/version").lower(),
         wsl_library=host.path("/usr/lib/wsl/lib/libcuda.so.1").exists(),
         windows_driver=host.windows
@@ -144,7 +141,7 @@ def gpu(host: Host) -> Gpu:
         jetson=host.read("/etc/nv_tegra_release").split("\n", 1)[0].strip(),
         nvswitches=len(list(host.path("/dev").glob("nvidia-nvswitch[0-9]*"))),
         fabric_manager=_fabric_manager(host),
-        kfd=_node(host.path("/dev/kfd")).problem,
+        kfd=_node(host, host.path("/dev/kfd")).problem,
     )
 
 
@@ -178,7 +175,7 @@ def _userspace(host: Host) -> str:
     return ""
 
 
-def _node(path: Path) -> Node:
+def _node(host: Host, path: Path) -> Node:
     try:
         status = path.stat()
     except OSError:
@@ -189,7 +186,12 @@ def _node(path: Path) -> Node:
             os.close(os.open(path, os.O_RDWR))
         except OSError as error:
             problem = errno.errorcode.get(error.errno or 0, str(error))
-    return Node("/dev/" + path.name, problem, status.st_gid, status.st_mode & 0o777)
+    return Node("/dev/" + path.name, problem, _group(host, status.st_gid), status.st_mode & 0o777)
+
+
+def _group(host: Host, number: int) -> str:
+    match = re.search(rf"^([^:\n]+):[^:\n]*:{number}:", host.read("/etc/group"), flags=re.MULTILINE)
+    return match.group(1) if match else str(number)
 
 
 def _modules(host: Host) -> frozenset[str]:

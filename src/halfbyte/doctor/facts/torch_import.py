@@ -24,7 +24,6 @@ class Device:
         model: ``"NVIDIA H100 80GB HBM3"``.
         capability: Compute capability; (0, 0) where there is none.
         memory: Bytes; 0 where not known.
-        free: Bytes that no process has taken; 0 where not known.
         bf16: ``"native"``, ``"emulated"`` or ``"no"``.
     """
 
@@ -32,7 +31,6 @@ class Device:
     model: str = ""
     capability: tuple[int, int] = (0, 0)
     memory: int = 0
-    free: int = 0
     bf16: str = "native"
 
     @property
@@ -138,6 +136,5 @@ def _device(event: dict[str, Any]) -> Device:
         str(event.get("model", "")),
         (int(major), int(minor)),
         int(event.get("memory", 0)),
-        int(event.get("free", 0)),
         str(event.get("bf16", "native")),
     )
