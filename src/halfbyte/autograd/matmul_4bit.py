@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.backends import registry
 from halfbyte.errors import QuantStateMissingError
 from halfbyte.functional import dequantize_4bit, format_of, kernel_scales
 from halfbyte.quant_state import QuantState
@@ -15,6 +16,7 @@ from halfbyte.quant_state import QuantState
 __all__ = ["MatMul4Bit", "matmul_4bit"]
 
 _ops = torch.ops.halfbyte
+_DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass  # pyright: ignore[reportPrivateUsage]
 
 
 class MatMul4Bit(torch.autograd.Function):
@@ -82,15 +84,18 @@ def matmul_4bit(
         return _transposed(A, B, quant_state, bias)
     if torch.is_grad_enabled() and (A.requires_grad or (bias is not None and bias.requires_grad)):
         return MatMul4Bit.apply(A, B, out, bias, quant_state)  # pyright: ignore[reportReturnType]
-    result = _product(A, B, quant_state, bias)
+    result = _product(A, B, quant_state, bias, registry.undisturbed(A))
     return result if out is None else out.copy_(result)
 
 
-def _product(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None) -> Tensor:
+def _product(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None, direct: bool = False) -> Tensor:
     shape, blocksize, kind, _ = format_of(quant_state)
     scales = kernel_scales(quant_state)
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
+    if direct:
+        with _DisableTorchFunctionSubclass():  # the parameter's own __torch_function__ would answer every question
+            return registry.kernel("gemm_4bit")(A, B, shape, scales[0], blocksize, kind, bias, *scales[1:])
     return _ops.gemm_4bit(A, B, shape, scales[0], blocksize, kind, bias, *scales[1:])
 
 

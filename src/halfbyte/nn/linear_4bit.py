@@ -75,7 +75,11 @@ class Linear4bit(torch.nn.Linear):
                 fix_4bit_weight_quant_state_from_module(self)
             state = self.quant_state
         dtype = self.compute_dtype_for(x)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias = self.bias
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        if x.dtype == dtype:
+            return matmul_4bit(x, self.weight, state, bias=bias)
         return matmul_4bit(x.to(dtype), self.weight, state, bias=bias).to(x.dtype)
 
     def compute_dtype_for(self, x: Tensor) -> torch.dtype:

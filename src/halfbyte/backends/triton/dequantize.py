@@ -1,0 +1,134 @@
+"""Launchers of 4-bit dequantization: a whole tensor, or the rows or columns of it that fit the cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from halfbyte.backends.registry import implements
+from halfbyte.backends.triton.device import pairs_of
+from halfbyte.backends.triton.kernels.dequantize import _dequantize_4bit_kernel
+from halfbyte.backends.triton.launch import on_device, start
+
+__all__ = ["Nested", "dequantize_4bit", "dequantize_into"]
+
+Nested = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""absmax_8bit, absmax_code and absmax_offset of an op: three tensors, or three times None."""
+
+LANES = 128
+TILES = 4
+SPAN = 8 * LANES * TILES
+"""Codes of one program."""
+
+
+def dequantize_into(
+    out: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Nested,
+    blocksize: int,
+    levels: Tensor,
+    *,
+    rows: int,
+    cols: int,
+    first: int = 0,
+    end: int,
+) -> None:
+    """Fill contiguous ``out`` ``(rows, slice_cols)`` from ``first`` of every row of ``cols`` codes.
+
+    Args:
+        levels: The pairs of levels of :func:`halfbyte.backends.triton.device.pairs_of`.
+        rows: 1, or rows of a multiple of 8 codes.
+        first: First code of a row, a multiple of 8.
+        end: Number of codes in all.
+    """
+    slice_cols = out.numel() // rows
+    row_tiles = -(-slice_cols // SPAN)
+    absmax_8bit, absmax_code, absmax_offset = nested
+    with on_device(out.device.index):
+        start(
+            _dequantize_4bit_kernel,
+            (rows * row_tiles,),
+            packed,
+            absmax,
+            absmax_8bit,
+            absmax_code,
+            absmax_offset,
+            levels,
+            out,
+            cols,
+            first,
+            slice_cols,
+            row_tiles,
+            end,
+            blocksize,
+            LANES,
+            TILES,
+            absmax_8bit is not None,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+def as_bytes(packed: Tensor) -> Tensor:
+    """The packed codes as contiguous uint8, whatever their storage dtype."""
+    return packed.contiguous().view(torch.uint8)
+
+
+def offset_fp32(nested: Nested) -> Nested:
+    """``nested`` with its offset in fp32 (checkpoints may hold another dtype)."""
+    absmax_8bit, absmax_code, absmax_offset = nested
+    if absmax_offset is None or absmax_offset.dtype == torch.float32:
+        return nested
+    return absmax_8bit, absmax_code, absmax_offset.float()
+
+
+@implements("triton", "dequantize_4bit")
+def dequantize_4bit(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """``levels[code] * absmax`` in fp32, rounded once to ``dtype``, of ``shape``; nested absmax in the same kernel."""
+    out = torch.empty(tuple(shape), dtype=dtype, device=A.device)
+    numel = math.prod(shape)
+    if numel:
+        nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
+        pairs = pairs_of(quant_type, A.device.index)
+        dequantize_into(out, as_bytes(A), absmax, nested, blocksize, pairs, rows=1, cols=numel, end=numel)
+    return out
+
+
+@implements("triton", "dequantize_4bit.out")
+def dequantize_4bit_out(
+    A: Tensor,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+    *,
+    out: Tensor,
+) -> None:
+    """:func:`dequantize_4bit` into ``out``."""
+    numel = math.prod(shape)
+    if not out.is_contiguous():
+        out.copy_(
+            dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype, absmax_8bit, absmax_code, absmax_offset)
+        )
+    elif numel:
+        nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
+        pairs = pairs_of(quant_type, A.device.index)
+        dequantize_into(out, as_bytes(A), absmax, nested, blocksize, pairs, rows=1, cols=numel, end=numel)

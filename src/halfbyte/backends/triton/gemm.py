@@ -1,0 +1,325 @@
+"""Launchers of the 4-bit products: fused kernels for small batches, slices of dequantized weight and cuBLAS beyond."""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from halfbyte.backends.registry import implements
+from halfbyte.backends.triton import slices
+from halfbyte.backends.triton.dequantize import Nested, as_bytes, offset_fp32
+from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of, words_of
+from halfbyte.backends.triton.kernels.gemm_portable import _gemm_4bit_portable_kernel, _sum_partial_kernel
+from halfbyte.backends.triton.launch import Launcher, on_device, raw_stream, start
+from halfbyte.backends.triton.tuning import FUSED_BATCHES, Tile, closed_form, fused_up_to, tile_for
+
+__all__ = ["FusedPlan", "gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "make_plan"]
+
+ALIGNMENT = 16
+PORTABLE_UP_TO = 16
+"""Rows up to which the portable kernel beats slices."""
+
+
+@functools.lru_cache(maxsize=1)
+def fused_kernels() -> dict[str, Any]:
+    """The Gluon kernels by the kind of their tiles; none, with a warning, where this Triton's Gluon is another one."""
+    try:
+        from halfbyte.backends.triton.kernels.gemm_small_batch import _gemm_4bit_small_batch_kernel
+        from halfbyte.backends.triton.kernels.gemm_staged import _gemm_4bit_staged_kernel
+        from halfbyte.backends.triton.kernels.gemm_warpgroup import _gemm_4bit_warpgroup_kernel
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"Triton {triton.__version__} has no Gluon that halfbyte knows ({error}); small 4-bit products are slower",
+            stacklevel=2,
+        )
+        return {}
+    return {
+        "register": _gemm_4bit_small_batch_kernel,
+        "staged": _gemm_4bit_staged_kernel,
+        "warpgroup": _gemm_4bit_warpgroup_kernel,
+    }
+
+
+class FusedPlan:
+    """All that a fused product needs and that does not change from call to call: tile, grid, numbers, kernel.
+
+    Attributes:
+        split: Partial products that a second kernel sums.
+    """
+
+    __slots__ = ("_bias", "_grid", "_launcher", "_numbers", "_pairs", "_sum", "m", "n", "split")
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        blocksize: int,
+        pairs: Tensor,
+        words: tuple[int, ...],
+        tile: Tile,
+        x_stride: int,
+        *,
+        nested: bool,
+        bias: bool,
+    ) -> None:
+        self.m, self.n, self.split, self._bias = m, n, tile.split, bias
+        aligned = k % blocksize == 0
+        pair = 2 if k % 64 == 0 and blocksize >= 64 else 1
+        groups = k // (32 * pair)
+        per_block = blocksize // (32 * pair)
+        unroll = tile.unroll
+        chain = min(per_block, unroll) if aligned else 1
+        slices_of_k = tile.split * tile.k_warps
+        per_slice = -(-groups // (slices_of_k * unroll)) * unroll
+        row_blocks = k // blocksize if aligned else groups
+        even = groups == per_slice * slices_of_k
+        self._pairs = pairs
+        numbers = (m, n, k // 8, row_blocks, x_stride, groups, per_slice)
+        self._numbers = numbers if tile.kind == "register" else (*words, *numbers)
+        self._grid = (-(-n // tile.rows), tile.split, -(-m // tile.batch))
+        warps = tile.k_warps * tile.n_warps
+        fused_bias = bias and tile.split == 1
+        stages = tile.stages
+        if tile.kind == "warpgroup":
+            constants = (tile.rows, tile.batch, unroll, chain, per_block, warps, tile.split, even, nested, fused_bias)
+        else:
+            constants = (
+                tile.rows, tile.batch, pair, unroll, chain, per_block, tile.k_warps, tile.n_warps, tile.split, even,
+                aligned, nested, fused_bias,
+            )  # fmt: skip
+        if tile.kind != "register":
+            constants = (*constants, tile.table)
+        if tile.kind != "register" and tile.table:
+            # Static and dynamic shared memory together may pass 48 KiB only if the dynamic part alone does.
+            while 16384 - 1024 < replace(tile, stages=stages).shared_bytes(pair) <= 49152:
+                stages += 1
+        kernel = fused_kernels()[tile.kind]
+        self._launcher = Launcher(kernel, (*constants, stages), num_warps=warps, enable_fp_fusion=True)
+        sum_constants = (tile.split, 1024, bias)
+        self._sum = Launcher(_sum_partial_kernel, sum_constants, num_warps=4) if tile.split > 1 else None
+
+    def run(
+        self, x: Tensor, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, out: Tensor, index: int
+    ) -> None:
+        """``out = x @ weight.T + bias`` on the current stream of device ``index``, which is current."""
+        partial = out
+        if self._sum is not None:
+            partial = torch.empty((self.split, self.m, self.n), dtype=torch.float32, device=out.device)
+        if self._launcher.compiled():
+            a, b, c = nested
+            self._launcher.direct(
+                self._grid,
+                raw_stream(index),
+                packed.data_ptr(),
+                x.data_ptr(),
+                absmax.data_ptr(),
+                None if a is None else a.data_ptr(),
+                None if b is None else b.data_ptr(),
+                None if c is None else c.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                partial.data_ptr(),
+                self._pairs.data_ptr(),
+                *self._numbers,
+            )
+        else:
+            self._launcher.ordinary(self._grid, packed, x, absmax, *nested, bias, partial, self._pairs, *self._numbers)
+        if self._sum is not None:
+            numel = self.m * self.n
+            self._sum.ordinary((-(-numel // 1024),), partial, bias, out, numel, self.n)
+
+
+_plans: dict[tuple[Any, ...], FusedPlan | None] = {}
+
+
+def make_plan(
+    m: int,
+    n: int,
+    k: int,
+    blocksize: int,
+    quant_type: str,
+    dtype: torch.dtype,
+    index: int,
+    x_stride: int,
+    *,
+    nested: bool,
+    bias: bool,
+) -> FusedPlan | None:
+    """The fused plan of a product of ``m`` rows, None where slices or the portable kernel serve better or alone can."""
+    gpu = gpu_of(index)
+    if not gpu.gluon or not fused_kernels() or dtype == torch.float32 or k % 32 or n * k // 8 >= 1 << 31:
+        return None
+    if m > fused_up_to(gpu, n, k):
+        return None
+    batch = next((size for size in FUSED_BATCHES if size >= m), FUSED_BATCHES[-1])
+    tile = tile_for(gpu, batch, n, k)
+    if tile.kind == "warpgroup" and (k % 64 or k % blocksize or blocksize < 64):
+        tile = closed_form(replace(gpu, arch="other"), min(batch, 64), n, k)
+    pairs, words = rounded_pairs_of(quant_type, dtype, index), words_of(quant_type, dtype)
+    return FusedPlan(m, n, k, blocksize, pairs, words, tile, x_stride, nested=nested, bias=bias)
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return addresses % ALIGNMENT == 0
+
+
+@implements("triton", "gemm_4bit")
+def gemm_4bit(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """``A @ weight.T + bias``: codes are decoded inside the product for small batches, slice by slice for large
+    ones."""
+    n, k = shapeB
+    rows = A.numel() // k if k else math.prod(A.shape[:-1])
+    out = torch.empty((*A.shape[:-1], n), dtype=A.dtype, device=A.device)
+    if not out.numel():
+        return out
+    if not k:
+        return out.zero_() if bias is None else out.copy_(bias)
+    # One row may have any stride: it is never used.
+    x = A if A.dim() == 2 else A.reshape(rows, k)
+    if x.stride(1) != 1 or x.stride(0) % 8:
+        x = x.contiguous()
+    x_stride = k if rows == 1 else x.stride(0)
+    index = A.device.index
+    key = (
+        rows, n, k, x_stride, blocksize, quant_type, A.dtype, B.dtype, index, absmax_8bit is None, bias is None,
+    )  # fmt: skip
+    if key in _plans:
+        plan = _plans[key]
+    else:
+        plan = _plans[key] = make_plan(
+            rows, n, k, blocksize, quant_type, A.dtype, index, x_stride,
+            nested=absmax_8bit is not None, bias=bias is not None,
+        )  # fmt: skip
+    nested = (absmax_8bit, absmax_code, absmax_offset)
+    if absmax_offset is not None and absmax_offset.dtype != torch.float32:
+        nested = offset_fp32(nested)
+    packed = B if B.is_contiguous() else B.contiguous()
+    with on_device(index):
+        if plan is not None and _aligned(x, packed, absmax, *nested, bias):
+            plan.run(x, packed, absmax, nested, bias, out, index)
+        elif rows <= PORTABLE_UP_TO:
+            levels = levels_of(quant_type, index)
+            portable(x, as_bytes(packed), absmax, nested, blocksize, levels, bias, out.view(rows, n))
+        else:
+            slices.forward(x, as_bytes(packed), absmax, nested, blocksize, quant_type, bias, out.view(rows, n))
+    return out
+
+
+def portable(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Nested,
+    blocksize: int,
+    levels: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    """``out = x @ weight.T + bias`` by the plain-Triton kernel, for any shape and dtype."""
+    (m, k), n = x.shape, out.shape[1]
+    precise = x.dtype == torch.float32
+    rows, columns, depth = 16, 32 if precise else 64, 32 if precise else 64
+    start(
+        _gemm_4bit_portable_kernel,
+        (-(-n // columns), -(-m // rows)),
+        packed,
+        x,
+        absmax,
+        *nested,
+        levels,
+        bias,
+        out,
+        m,
+        n,
+        k,
+        x.stride(0),
+        rows,
+        columns,
+        depth,
+        blocksize,
+        nested[0] is not None,
+        bias is not None,
+        precise,
+        num_warps=4,
+    )
+
+
+@implements("triton", "gemm_4bit_dgrad")
+def gemm_4bit_dgrad(
+    grad: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """``grad @ weight`` by slices of columns that stay in the cache."""
+    n, k = shapeB
+    out = torch.empty((*grad.shape[:-1], k), dtype=grad.dtype, device=grad.device)
+    if not out.numel():
+        return out
+    if not n:
+        return out.zero_()
+    nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
+    with on_device(grad.device.index):
+        slices.backward(grad.reshape(-1, n), as_bytes(B), absmax, nested, blocksize, quant_type, out.view(-1, k))
+    return out
+
+
+def _gemv(A: Tensor, B: Tensor, n: int, absmax: Tensor, code: Tensor, blocksize: int, out: Tensor) -> None:
+    if not out.numel():
+        return
+    x = A.reshape(-1, A.shape[-1])
+    if not A.shape[-1]:
+        out.zero_()
+        return
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    with on_device(A.device.index):
+        levels = code.contiguous()
+        portable(x, as_bytes(B), absmax, (None, None, None), blocksize, levels, None, out.view(-1, n))
+
+
+@implements("triton", "gemv_4bit")
+def gemv_4bit(A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Tensor:
+    """``A @ weight.T`` with the 16 levels given as a tensor."""
+    out = torch.empty((*A.shape[:-1], shapeB[0]), dtype=A.dtype, device=A.device)
+    _gemv(A, B, shapeB[0], absmax, code, blocksize, out)
+    return out
+
+
+@implements("triton", "gemv_4bit.out")
+def gemv_4bit_out(
+    A: Tensor, B: Tensor, shapeB: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int, *, out: Tensor
+) -> None:
+    """:func:`gemv_4bit` into ``out``."""
+    if out.is_contiguous():
+        _gemv(A, B, shapeB[0], absmax, code, blocksize, out)
+    else:
+        out.copy_(gemv_4bit(A, B, shapeB, absmax, code, blocksize))

@@ -1,0 +1,1 @@
+"""Kernels: only ``triton.jit`` and ``gluon.jit`` functions, and what they are built from."""

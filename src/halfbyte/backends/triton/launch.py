@@ -1,0 +1,80 @@
+"""How kernels are started: on the tensors' device and its current stream; hot ones straight through their compiled
+form.
+
+Triton's ordinary ``kernel[grid](...)`` binds, specialises and looks up about 20 arguments in every call, which costs
+the
+host more than most of these kernels cost the GPU. A compiled kernel can be launched directly, if the caller has made
+sure
+that the arguments are specialised alike: same dtypes, same alignment, same divisibility by 16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+
+__all__ = ["DIRECT", "Launcher", "on_device", "raw_stream", "start"]
+
+DIRECT_VERSIONS = frozenset({(3, 6), (3, 9)})
+"""Triton versions whose compiled kernels take (grid, stream, function, metadata, three hooks, every argument)."""
+
+_version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+DIRECT = _version in DIRECT_VERSIONS and torch.version.hip is None
+
+
+def raw_stream(index: int) -> int:
+    """The current stream of a device, as the driver's handle."""
+    return torch._C._cuda_getCurrentRawStream(index)  # pyright: ignore[reportPrivateUsage]
+
+
+def on_device(index: int) -> contextlib.AbstractContextManager[Any]:
+    """A guard that makes ``index`` the current device, free of charge where it is."""
+    if torch.cuda.current_device() == index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(index)
+
+
+def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch through Triton's own call on the current device and stream."""
+    kernel[grid](*args, **options)
+
+
+class Launcher:
+    """One kernel with one specialisation on one device: compiled by its first call, then launched directly.
+
+    Args:
+        kernel: A ``triton.jit`` or ``gluon.jit`` function whose run-time parameters precede its constants.
+        constants: Its compile-time parameters, in order.
+        options: ``num_warps`` and the like.
+    """
+
+    __slots__ = ("_constants", "_function", "_kernel", "_metadata", "_options", "_run")
+
+    def __init__(self, kernel: Any, constants: tuple[Any, ...], **options: Any) -> None:
+        self._kernel = kernel
+        self._constants = constants
+        self._options = options
+        self._run: Any = None
+        self._function: Any = None
+        self._metadata: Any = None
+
+    def compiled(self) -> bool:
+        """Whether :meth:`direct` may be used."""
+        return self._run is not None
+
+    def ordinary(self, grid: tuple[int, ...], *args: Any) -> None:
+        """Launch through Triton's own call, with tensors for pointers; keeps the compiled kernel."""
+        compiled = self._kernel[grid](*args, *self._constants, **self._options)
+        if DIRECT and compiled is not None:
+            self._function = compiled.function
+            self._metadata = compiled.packed_metadata
+            self._run = compiled.run
+
+    def direct(self, grid: tuple[int, int, int], stream: int, *args: Any) -> None:
+        """Launch the compiled kernel, with addresses for pointers."""
+        self._run(
+            grid[0], grid[1], grid[2], stream, self._function, self._metadata, None, None, None, *args, *self._constants
+        )

@@ -1,0 +1,155 @@
+"""Which tile a product runs with: measured entries per architecture from ``tuning/*.json``, else a closed form."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from halfbyte.backends.triton.device import Gpu
+from halfbyte.errors import ArgumentError
+
+__all__ = ["FUSED_BATCHES", "Tile", "closed_form", "fused_up_to", "read", "tile_for"]
+
+FUSED_BATCHES = (1, 8, 16, 32, 64, 128)
+"""Batch buckets: rows of activations that tiles of the fused kernels are measured for."""
+
+KINDS = ("register", "staged", "warpgroup")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of the fused kernels.
+
+    Attributes:
+        kind: ``"register"``: the weight goes straight to registers, for batches of up to 16; ``"staged"``: weight and
+            activation through shared memory; ``"warpgroup"``: the same with wgmma (Hopper).
+        batch: Rows of activations of a program (BM).
+        rows: Weight rows of a program (BN), a multiple of 16 times ``n_warps``.
+        unroll: Groups of 64 columns in an iteration (U).
+        k_warps: Warps that share the K axis (KW).
+        n_warps: Warps that share the rows (NW).
+        split: Programs that share the K axis.
+        stages: Iterations in shared memory or on their way there; of the register kernel: iterations loaded ahead.
+        table: Decode by the table in shared memory, else by byte permutation.
+    """
+
+    kind: str
+    batch: int
+    rows: int
+    unroll: int
+    k_warps: int
+    n_warps: int
+    split: int
+    stages: int
+    table: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "rows", "unroll", "k_warps", "n_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ArgumentError(f"a tile's {name} is {value}", expected="a power of two")
+        if self.kind not in KINDS:
+            raise ArgumentError(f"a tile's kind is {self.kind!r}", expected=f"one of {', '.join(KINDS)}")
+        if self.rows % (16 * self.n_warps):
+            raise ArgumentError(
+                f"a tile of {self.rows} rows for {self.n_warps} warps", expected="a multiple of 16 rows a warp"
+            )
+        if self.k_warps * self.n_warps > 16:
+            raise ArgumentError(f"a tile of {self.k_warps}x{self.n_warps} warps", expected="at most 16 warps")
+        if self.unroll > 4 or self.split < 1 or not 0 <= self.stages <= 16:
+            raise ArgumentError(f"{self}", expected="unroll up to 4, split 1 or more, up to 16 stages")
+        if self.kind == "warpgroup" and (self.k_warps > 1 or self.n_warps % 4):
+            raise ArgumentError(f"{self}", expected="whole warpgroups of 4 warps, none of them sharing K")
+
+    def shared_bytes(self, pair: int = 2) -> int:
+        """Dynamic shared memory that the buffers take, in groups of ``32 * pair`` columns."""
+        if self.kind == "register":
+            return self.k_warps * self.rows * self.batch * 4
+        columns = 32 * pair * self.unroll * self.k_warps
+        activation = self.batch * columns * 2 if self.kind == "warpgroup" or self.batch > 16 else 0
+        return self.stages * (self.rows * columns // 2 + activation)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A measured choice: the best tile for a batch bucket at one shape."""
+
+    batch: int
+    n: int
+    k: int
+    tile: Tile
+
+
+@dataclass(frozen=True)
+class Table:
+    """One tuning file: measured entries, and up to which batch the fused kernels beat slices at each shape."""
+
+    device: str
+    entries: tuple[Entry, ...]
+    fused: tuple[tuple[int, int, int], ...]
+
+
+def _parse(text: str) -> Table:
+    document: dict[str, Any] = json.loads(text)
+    entries = tuple(
+        Entry(int(item["batch"]), int(item["n"]), int(item["k"]), Tile(**item["tile"])) for item in document["tiles"]
+    )
+    fused = tuple((int(item["n"]), int(item["k"]), int(item["up_to"])) for item in document["fused"])
+    return Table(str(document["device"]), entries, fused)
+
+
+@functools.lru_cache(maxsize=16)
+def read(arch: str) -> Table | None:
+    """The tuning table of an architecture, None where none was measured."""
+    file = resources.files("halfbyte.backends.triton") / "tuning" / f"{arch}.json"
+    if not file.is_file():
+        return None
+    return _parse(file.read_text(encoding="utf-8"))
+
+
+def _distance(n: int, k: int, other_n: int, other_k: int) -> float:
+    return abs(math.log2(n / other_n)) + abs(math.log2(k / other_k))
+
+
+@functools.lru_cache(maxsize=4096)
+def tile_for(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
+    """The tile for a batch bucket: the nearest measured shape's, if within a factor of two, or the closed form."""
+    table = read(gpu.arch)
+    if table is not None:
+        near = [entry for entry in table.entries if entry.batch == batch]
+        if near:
+            best = min(near, key=lambda entry: _distance(n, k, entry.n, entry.k))
+            if _distance(n, k, best.n, best.k) <= 1.0:
+                return best.tile
+    return closed_form(gpu, batch, n, k)
+
+
+def closed_form(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
+    """A tile for any shape on any GPU: enough programs for every multiprocessor, K shared by the warps of a program.
+
+    >>> closed_form(Gpu("sm_89", 128, 72 << 20, gluon=True), 8, 4096, 4096).k_warps
+    4
+    """
+    if batch <= 16:
+        k_warps = 8 if k >= 8192 else 4
+        return Tile("register", max(batch, 8), 16 if batch <= 8 else 32, 4, k_warps, 1, 1, 1)
+    programs = -(-n // 64)
+    split = max(1, min(8, 2 * gpu.multiprocessors // programs, k // 1024))
+    if gpu.arch == "sm_90":
+        return Tile("warpgroup", min(batch, 64), 64, 2, 1, 4, split, 2, table=False)
+    return Tile(
+        "staged", min(batch, 64), 64, 2 if batch == 32 else 1, 1, 4 if batch == 32 else 2, split, 3, table=False
+    )
+
+
+def fused_up_to(gpu: Gpu, n: int, k: int) -> int:
+    """The largest batch for which the fused kernels beat slices of dequantized weight."""
+    table = read(gpu.arch)
+    if table is not None and table.fused:
+        best = min(table.fused, key=lambda item: _distance(n, k, item[0], item[1]))
+        return best[2]
+    return 64

@@ -1,0 +1,185 @@
+"""Every kernel compiles for every architecture without a GPU; hot loops stay within their instruction budgets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from halfbyte.backends.triton.kernels import dequantize, gemm_portable, gemm_small_batch, gemm_staged, gemm_warpgroup
+from halfbyte.backends.triton.kernels import quantize as quantize_kernels
+from tests.backends.triton.compiling import build
+
+POINTERS = {
+    "w_ptr": "*u8",
+    "absmax": "*fp32",
+    "absmax_8bit": "*u8",
+    "absmax_code": "*fp32",
+    "absmax_offset": "*fp32",
+    "pairs": "*i32",
+}
+WORDS = dict.fromkeys(("h0", "h1", "h2", "h3", "l0", "l1", "l2", "l3"), "i32")
+NUMBERS = dict.fromkeys(("M", "N", "row_words", "row_blocks", "x_stride", "groups", "per_slice"), "i32")
+ALIGNED = ("N", "row_words", "row_blocks", "x_stride", "groups", "per_slice")
+FUSED = {
+    "SPLIT": 1,
+    "EVEN": True,
+    "NESTED": False,
+    "BIAS": False,
+    "CHAIN": 1,
+    "BLOCK_GROUPS": 1,
+}
+
+
+def fused(kernel: Any, target: str, warps: int, dtype: str = "bf16", **constants: Any) -> Any:
+    types = {**POINTERS, "x_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", **NUMBERS}
+    if "h0" in kernel.arg_names:
+        types |= WORDS
+    values = {**FUSED, **constants}
+    values = {name: value for name, value in values.items() if name in kernel.arg_names}
+    return build(kernel, types, values, target=target, warps=warps, gluon=True, aligned=ALIGNED)
+
+
+SMALL = {"BN": 16, "BM": 8, "J": 2, "U": 4, "KW": 4, "NW": 1, "ALIGNED": True, "AHEAD": 1}
+STAGED = {"BN": 64, "BM": 64, "J": 2, "U": 1, "KW": 1, "NW": 2, "ALIGNED": True, "TABLE": False, "STAGES": 3}
+WARPGROUP = {"BN": 64, "BM": 64, "U": 2, "NW": 4, "TABLE": False, "STAGES": 2}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_small_batch_kernel_decodes_a_weight_in_few_instructions(target: str, dtype: str) -> None:
+    built = fused(gemm_small_batch._gemm_4bit_small_batch_kernel, target, 4, dtype, **SMALL)
+    weights = 16 * 64 * 4 / 32
+    # At the memory's speed an H100 can issue 5.6 instructions a weight, an A100 6.1; half of that leaves room to wait.
+    assert built.instructions / weights <= 2.9
+    # Two codes come from one load of the table, and 64 columns of 16 rows from two loads of 8 bytes a lane.
+    assert built.loop["LDS"] == weights / 2
+    assert built.loop["HMMA"] == 16
+    assert built.registers_spilled <= 16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"NESTED": True},
+        {"BIAS": True, "AHEAD": 2},
+        {"EVEN": False, "AHEAD": 0},
+        {"J": 1, "EVEN": False},
+        {"J": 1, "ALIGNED": False, "BLOCK_GROUPS": 2},
+        {"CHAIN": 2, "BLOCK_GROUPS": 2},
+        {"CHAIN": 4, "BLOCK_GROUPS": 64},
+        {"BM": 16, "BN": 32, "NW": 2, "KW": 2},
+    ],
+    ids=str,
+)
+def test_the_small_batch_kernel_compiles_for_every_kind_of_weight(changes: dict[str, Any]) -> None:
+    constants = {**SMALL, **changes}
+    built = fused(
+        gemm_small_batch._gemm_4bit_small_batch_kernel, "sm_90", constants["KW"] * constants["NW"], **constants
+    )
+    # With the static table of 32 KiB, a block must stay below the 48 KiB that need no permission.
+    assert built.shared <= 16 << 10
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
+def test_the_staged_kernel_keeps_its_budget(target: str) -> None:
+    built = fused(gemm_staged._gemm_4bit_staged_kernel, target, 2, **STAGED)
+    # 64 rows of x cost one MMA and one FMA a weight and lane; 132 SMs at 1.75 GHz then take 60 us for 28672x8192.
+    assert built.instructions / (64 * 64 / 64) <= 8.0
+    assert built.loop["LDGSTS"] > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"NESTED": True, "BM": 16, "BIAS": True},
+        {"TABLE": True, "BM": 8, "U": 2},
+        {"EVEN": False, "J": 1, "U": 2},
+        {"SPLIT": 4, "BM": 32},
+    ],
+    ids=str,
+)
+def test_the_staged_kernel_compiles_for_every_kind_of_weight(changes: dict[str, Any]) -> None:
+    assert fused(gemm_staged._gemm_4bit_staged_kernel, "sm_90", 2, **{**STAGED, **changes}).instructions
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("table", [False, True])
+def test_the_warpgroup_kernel_feeds_the_tensor_cores_from_registers(table: bool, nested: bool) -> None:
+    constants = {**WARPGROUP, "TABLE": table, "NESTED": nested}
+    built = fused(gemm_warpgroup._gemm_4bit_warpgroup_kernel, "sm_90", 4, **constants)
+    assert built.loop["HGMMA"] == 8
+    # Two loads a group for the words, half a load a weight with the table: no decoded weight comes back.
+    assert built.loop["LDS"] <= (64 if table else 0) / 2 + 16
+    assert built.registers_spilled == 0
+
+
+def test_the_warpgroup_kernel_compiles_with_an_uneven_k_and_long_blocks() -> None:
+    constants = {**WARPGROUP, "U": 4, "CHAIN": 2, "BLOCK_GROUPS": 2, "EVEN": False, "SPLIT": 2}
+    assert fused(gemm_warpgroup._gemm_4bit_warpgroup_kernel, "sm_90", 4, **constants).loop["HGMMA"] >= 16
+
+
+NESTED_POINTERS = {name: POINTERS[name] for name in ("absmax", "absmax_8bit", "absmax_code", "absmax_offset")}
+PLAIN = {
+    "dequantize_4bit": (
+        dequantize._dequantize_4bit_kernel,
+        {"packed": "*u8", **NESTED_POINTERS, "pairs": "*i64", "out": "*bf16", "cols": "i64", "first_col": "i64",
+         "slice_cols": "i64", "row_tiles": "i32", "end": "i64"},
+        {"BLOCKSIZE": 64, "LANES": 128, "TILES": 4, "NESTED": True},
+        ("cols", "first_col", "slice_cols", "end"),
+    ),
+    "dequantize_blockwise": (
+        dequantize._dequantize_blockwise_kernel,
+        {"codes": "*u8", "absmax": "*fp32", "code": "*fp32", "out": "*bf16", "blocksize": "i32", "numel": "i64"},
+        {"LANES": 128, "WIDTH": 8, "TILES": 4},
+        ("blocksize", "numel"),
+    ),
+    "quantize_4bit": (
+        quantize_kernels._quantize_4bit_kernel,
+        {"values": "*bf16", "packed": "*u8", "absmax": "*fp32", "cells": "*i64", "numel": "i64"},
+        {"BLOCKSIZE": 64, "ROWS": 32, "PER_UNIT": 16.0, "SIGN": False, "ZERO_CODE": 7},
+        ("numel",),
+    ),
+    "cells_8bit": (
+        quantize_kernels._cells_8bit_kernel,
+        {"code": "*fp32", "cells": "*i32", "widest": "*i32"},
+        {"BLOCK": 64},
+        (),
+    ),
+    "quantize_blockwise": (
+        quantize_kernels._quantize_blockwise_kernel,
+        {"values": "*fp32", "codes": "*u8", "absmax": "*fp32", "code": "*fp32", "cells": "*i32", "widest": "*i32",
+         "blocksize": "i32", "numel": "i64"},
+        {"WIDTH": 256, "ROWS": 8, "PROGRAMS": 64},
+        ("blocksize", "numel"),
+    ),
+    "gemm_portable": (
+        gemm_portable._gemm_4bit_portable_kernel,
+        {"packed": "*u8", "x": "*fp16", **NESTED_POINTERS, "levels": "*fp32", "bias": "*fp16", "out": "*fp16",
+         "M": "i32", "N": "i32", "K": "i32", "x_stride": "i32"},
+        {"BM": 16, "BN": 64, "BK": 64, "BLOCKSIZE": 64, "NESTED": True, "BIAS": True, "PRECISE": False},
+        ("N", "K", "x_stride"),
+    ),
+    "sum_partial": (
+        gemm_portable._sum_partial_kernel,
+        {"partial": "*fp32", "bias": "*bf16", "out": "*bf16", "numel": "i32", "N": "i32"},
+        {"SPLIT": 4, "BLOCK": 1024, "BIAS": True},
+        ("numel", "N"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120", "gfx942"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_plain_kernel_compiles(name: str, target: str) -> None:
+    kernel, types, constants, aligned = PLAIN[name]
+    built = build(kernel, types, constants, target=target, aligned=aligned)
+    assert built.asm["hsaco" if target == "gfx942" else "ptx"]
+
+
+def test_dequantizing_writes_16_bytes_at_a_time() -> None:
+    kernel, types, constants, aligned = PLAIN["dequantize_4bit"]
+    built = build(kernel, types, constants, target="sm_90", aligned=aligned)
+    assert built.asm["ptx"].count("st.global.v4.b32") == constants["TILES"]

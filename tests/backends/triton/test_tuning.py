@@ -1,0 +1,77 @@
+"""Tuning data: every file fits the schema, every tile a kernel; unknown GPUs and shapes get a usable closed form."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+from halfbyte.backends.triton import tuning
+from halfbyte.backends.triton.device import Gpu
+from halfbyte.errors import ArgumentError
+
+FOLDER = resources.files("halfbyte.backends.triton") / "tuning"
+FILES = sorted(file.name for file in FOLDER.iterdir() if file.name.endswith(".json"))
+HOPPER = Gpu("sm_90", 132, 50 << 20, gluon=True)
+ADA = Gpu("sm_89", 128, 72 << 20, gluon=True)
+TILE_KEYS = {"kind", "batch", "rows", "unroll", "k_warps", "n_warps", "split", "stages", "table"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_tuning_file_has_the_schemas_keys_and_its_own_architecture(name: str) -> None:
+    document: dict[str, Any] = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    assert set(document) == {"arch", "device", "measured", "tiles", "fused"}
+    assert f"{document['arch']}.json" == name
+    for entry in document["tiles"]:
+        assert set(entry) == {"batch", "n", "k", "tile"}
+        assert set(entry["tile"]) == TILE_KEYS
+        assert entry["batch"] in tuning.FUSED_BATCHES
+        assert entry["tile"]["batch"] >= min(entry["batch"], 8) or entry["tile"]["kind"] != "register"
+    for entry in document["fused"]:
+        assert set(entry) == {"n", "k", "up_to"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_tiles_of_a_file_fit_the_multiprocessors_shared_memory(name: str) -> None:
+    table = tuning.read(name.removesuffix(".json"))
+    assert table is not None
+    for entry in table.entries:
+        assert entry.tile.shared_bytes() + (32 << 10) * entry.tile.table <= 227 << 10, entry
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, ADA], ids=lambda gpu: gpu.arch)
+@pytest.mark.parametrize("batch", tuning.FUSED_BATCHES)
+@pytest.mark.parametrize("shape", [(64, 64), (4096, 4096), (1024, 14336), (131072, 4096)], ids=str)
+def test_the_closed_form_covers_every_shape_within_100_kilobytes(gpu: Gpu, batch: int, shape: tuple[int, int]) -> None:
+    tile = tuning.closed_form(gpu, batch, *shape)
+    assert tile.batch >= min(batch, 8)
+    assert tile.shared_bytes() + (32 << 10) * tile.table <= 99 << 10
+    assert (tile.kind == "warpgroup") <= (gpu is HOPPER)
+
+
+def test_a_measured_shape_lends_its_tile_to_its_neighbours_only() -> None:
+    table = tuning.read("sm_90")
+    assert table is not None
+    measured = {(e.batch, e.n, e.k): e.tile for e in table.entries}
+    assert tuning.tile_for(HOPPER, 1, 4096, 4096) == measured[1, 4096, 4096]
+    assert tuning.tile_for(HOPPER, 1, 6144, 4096) == measured[1, 4096, 4096]
+    assert tuning.tile_for(HOPPER, 1, 64, 4096) == tuning.closed_form(HOPPER, 1, 64, 4096)
+    assert tuning.tile_for(ADA, 1, 4096, 4096) == tuning.closed_form(ADA, 1, 4096, 4096)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rows": 24}, {"k_warps": 32}, {"kind": "other"}, {"unroll": 8}, {"kind": "warpgroup", "n_warps": 2, "rows": 32}],
+    ids=str,
+)
+def test_a_tile_that_no_kernel_has_is_refused(change: dict[str, Any]) -> None:
+    good = {
+        "kind": "register", "batch": 8, "rows": 16, "unroll": 4, "k_warps": 4, "n_warps": 1, "split": 1, "stages": 1
+    }  # fmt: skip
+    tuning.Tile(**good)
+    with pytest.raises(ArgumentError):
+        tuning.Tile(**{**good, **change})

@@ -1,0 +1,107 @@
+"""LLM.int8() on a GPU: what the reference computes, with no wait for the GPU, and in a CUDA graph."""
+
+import pytest
+import torch
+
+import halfbyte.functional as F
+from halfbyte.backends.reference import int8 as reference
+from halfbyte.nn import Linear8bitLt
+from tests.support.hard_inputs import DTYPES
+from tests.support.int8_inputs import THRESHOLD, activations, int8_weight
+from tests.support.tolerances import TOLERANCES, Tolerance, close, rounding
+
+pytestmark = pytest.mark.gpu
+ops = torch.ops.halfbyte
+SHAPES = [(1, 4096, 64), (1, 63, 5), (3, 65, 33), (16, 128, 100), (17, 300, 70), (200, 1000, 129), (600, 512, 260)]
+
+
+def on_gpu(batch: int, columns: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    CB, SCB = int8_weight(rows, columns)
+    return activations(batch, columns, dtype).cuda(), CB.cuda(), SCB.cuda()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold", [0.0, THRESHOLD])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_the_references(shape: tuple[int, int, int], threshold: float, dtype: torch.dtype) -> None:
+    A, CB, SCB = on_gpu(*shape, dtype)
+    bias = torch.linspace(-1, 1, shape[2])
+    found = ops.int8_linear(A, CB, SCB, threshold, bias.cuda()).cpu()
+    A, CB, SCB = A.cpu(), CB.cpu(), SCB.cpu()
+    expected = reference.int8_linear(A.float(), CB, SCB, threshold, bias)
+    terms = A.double().abs() @ (CB.double().abs() * SCB.double()[:, None] / 127).t() + bias.double().abs()
+    allowed = terms * TOLERANCES["int8 product"].relative + expected.double().abs() * rounding(dtype).relative
+    close("product", found, expected, Tolerance(1.0, "both rows of the table"), allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 63, 4096, 4097])
+def test_codes_and_sums_are_the_references(columns: int, dtype: torch.dtype) -> None:
+    A = activations(37, columns, dtype)
+    codes, absmax, _ = F.int8_vectorwise_quant(A.cuda())
+    want, scales, _ = reference.int8_vectorwise_quant(A)
+    assert torch.equal(codes.cpu(), want)
+    assert torch.equal(absmax.cpu(), scales)
+    B = int8_weight(50, columns)[0]
+    assert torch.equal(F.int8_linear_matmul(codes, B.cuda()).cpu(), reference.int8_linear_matmul(want, B))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_outliers_meet_the_unquantized_weight_where_it_is_given(dtype: torch.dtype) -> None:
+    A, CB, SCB = on_gpu(5, 200, 40, dtype)
+    W = (CB * SCB[:, None] / 100).to(dtype)
+    found = ops.int8_linear(A, CB, SCB, THRESHOLD, None, W).float().cpu()
+    expected = reference.int8_linear(A.cpu().float(), CB.cpu(), SCB.cpu(), THRESHOLD, None, W.cpu())
+    size = A.cpu().double().abs() @ W.cpu().double().abs().t()
+    close("product", found, expected, rounding(dtype), size)
+
+
+def layer(batch: int) -> tuple[Linear8bitLt, torch.Tensor]:
+    torch.manual_seed(3)
+    made = Linear8bitLt(512, 256, has_fp16_weights=False, threshold=THRESHOLD).cuda()
+    return made, activations(batch, 512, torch.bfloat16).cuda()
+
+
+@pytest.mark.parametrize("batch", [1, 33])
+def test_a_forward_pass_never_waits_for_the_gpu(batch: int) -> None:
+    made, x = layer(batch)
+    with torch.no_grad():
+        expected = made(x)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = made(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("batch", [1, 33])
+def test_a_cuda_graph_follows_outliers_that_come_and_go(batch: int) -> None:
+    made, x = layer(batch)
+    with torch.no_grad():
+        made(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = made(x)
+        for seed, outliers in ((1, True), (2, False), (3, True)):
+            x.copy_(activations(batch, 512, torch.bfloat16, outliers, seed))
+            graph.replay()
+            replayed = out.clone()
+            assert torch.equal(replayed, made(x))
+
+
+def test_bf16_activations_beyond_fp16_stay_finite() -> None:
+    made, x = layer(4)
+    out = made(x * 1e6)
+    assert out.isfinite().all()
+    assert out.abs().max() > 65504
+
+
+def test_scales_stay_with_a_layer_that_goes_to_the_cpu_and_back() -> None:
+    made, x = layer(3)
+    expected = made(x)
+    assert torch.equal(made.cpu().cuda()(x), expected)
+    assert made.weight.SCB.is_cuda
+    made.weight = made.weight.to("cuda")
+    assert torch.equal(made(x), expected)
