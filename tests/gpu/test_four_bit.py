@@ -12,6 +12,7 @@ from torch import Tensor
 from halfbyte.backends import registry
 from halfbyte.backends.reference import blockwise as reference_8bit
 from halfbyte.backends.reference import four_bit as reference
+from halfbyte.errors import ArgumentError
 from halfbyte.formats.codebook import codebook
 from halfbyte.formats.dynamic import dynamic_map
 
@@ -206,3 +207,19 @@ def test_weights_of_more_than_two_billion_values() -> None:
     assert torch.equal(y, y[:, :1].expand_as(y))
     values = ops.dequantize_4bit(one, one_absmax, 64, "nf4", [1, k], torch.bfloat16)
     torch.testing.assert_close(y[:, 0], F.linear(x, values)[:, 0], rtol=2e-2, atol=0.5)
+
+
+def test_scales_left_on_the_cpu_are_refused_not_read() -> None:
+    packed, absmax, _weight = layer(256, 1024)
+    x = torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ArgumentError, match="is on cpu"):
+        ops.gemm_4bit(x, packed, [256, 1024], absmax.cpu(), 64, "nf4")
+
+
+def test_state_that_begins_anywhere_in_memory_gives_the_same_product() -> None:
+    packed, absmax, _weight = layer(256, 1024)
+    x = torch.randn(1, 1024, device="cuda", dtype=torch.bfloat16)
+    want = ops.gemm_4bit(x, packed, [256, 1024], absmax, 64, "nf4")
+    shifted = torch.cat([absmax[:1], absmax])[1:]
+    assert shifted.data_ptr() % 16
+    assert torch.equal(ops.gemm_4bit(x, packed, [256, 1024], shifted, 64, "nf4"), want)

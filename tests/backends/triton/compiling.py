@@ -42,6 +42,7 @@ def build(
     warps: int = 4,
     gluon: bool = False,
     aligned: tuple[str, ...] = (),
+    **options: Any,
 ) -> Built:
     """Compile ``kernel`` for ``"sm_90"`` or ``"gfx942"``; pointers and the integers in ``aligned`` divide by 16."""
     order = list(kernel.arg_names)
@@ -58,7 +59,7 @@ def build(
         gpu = GPUTarget("cuda", int(target[3:]), 32)
     else:
         gpu = GPUTarget("hip", target, 64)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": warps})
+    compiled = triton.compile(source, target=gpu, options={"num_warps": warps, **options})
     if not target.startswith("sm_"):
         return Built(compiled.asm, compiled.metadata.shared, Counter(), 0)
     sass, spilled = _disassemble(compiled.asm["cubin"])

@@ -11,22 +11,14 @@ import pytest
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from halfbyte.backends.triton.int8 import tile_for
 from halfbyte.backends.triton.kernels import int8 as kernels
 from halfbyte.formats.int8 import STEP, STEP_SQUARED
+from tests.backends.triton.compiling import build
 
 CASES = ("rows", "columns", "sums", "product")
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = ("sm_80", "sm_89", "sm_90", "sm_120", "gfx942")
+ALIGNED = ("K", "N", "x_stride")
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +38,6 @@ def test_the_interpreted_kernel_agrees_with_the_reference(case: str, verdicts: d
     assert verdicts[case] == []
 
 
-def compiled(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], target: str, options: dict[str, Any]
-) -> Any:
-    """The kernel for that GPU; pointers and sizes are specialised as for aligned weights."""
-    names = kernel.arg_names
-    signature = {name: types.get(name, "constexpr") for name in names}
-    constexprs = {(names.index(name),): value for name, value in constants.items()}
-    aligned = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in types.items()
-        if kind.startswith("*") or name in {"K", "N", "x_stride"}
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=aligned)
-    return triton.compile(source, target=TARGETS[target], options=options)
-
-
 def product(target: str, batch: int, dtype: str, split: bool, full: bool = False) -> Any:
     tile = tile_for(batch, dtype == "fp32")
     types = {
@@ -78,8 +54,8 @@ def product(target: str, batch: int, dtype: str, split: bool, full: bool = False
         "STEP": STEP, "STEP_SQUARED": STEP_SQUARED, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BO": 16,
         "GROUP": tile.group, "RAW": False, "SPLIT": split, "FULL": full, "BIAS": True,
     }  # fmt: skip
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    return compiled(kernels._int8_product_kernel, types, constants, target, options)
+    shape = {"warps": tile.warps, "num_stages": tile.stages, "aligned": ALIGNED}
+    return build(kernels._int8_product_kernel, types, constants, target=target, **shape)
 
 
 @pytest.mark.parametrize("batch", [1, 64, 512, 4096])
@@ -106,7 +82,7 @@ def test_hopper_multiplies_whole_warp_groups(batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 64, 512, 4096])
 @pytest.mark.parametrize(("target", "capacity"), [("sm_80", 163 << 10), ("sm_89", 99 << 10), ("sm_90", 227 << 10)])
 def test_the_product_fits_into_shared_memory(target: str, capacity: int, batch: int) -> None:
-    assert 0 < product(target, batch, "bf16", split=True).metadata.shared <= capacity
+    assert 0 < product(target, batch, "bf16", split=True).shared <= capacity
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -116,8 +92,10 @@ def test_quantization_compiles_without_contracting_its_rounding(target: str, spl
         "x": "*bf16", "codes": "*i8", "absmax": "*fp32", "flags": "*i32", "threshold": "fp32", "K": "i32",
         "x_stride": "i32",
     }  # fmt: skip
-    options = {"num_warps": 8, "enable_fp_fusion": False}
-    text = compiled(kernels._int8_rows_kernel, types, {"SPLIT": split, "BLOCK": 4096}, target, options).asm
+    constants = {"SPLIT": split, "BLOCK": 4096}
+    text = build(
+        kernels._int8_rows_kernel, types, constants, target=target, warps=8, aligned=ALIGNED, enable_fp_fusion=False
+    ).asm
     if target != "gfx942":
         assert "div.rn.f32" in text["ptx"]
         assert "fma.rn.f32" not in text["ptx"]
@@ -126,4 +104,4 @@ def test_quantization_compiles_without_contracting_its_rounding(target: str, spl
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_list_of_columns_compiles(target: str) -> None:
     types = {"flags": "*i32", "columns": "*i32", "count": "*i32", "K": "i32"}
-    assert compiled(kernels._int8_columns_kernel, types, {"BLOCK": 1024}, target, {"num_warps": 4})
+    assert build(kernels._int8_columns_kernel, types, {"BLOCK": 1024}, target=target).shared < 48 << 10

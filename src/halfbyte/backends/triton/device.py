@@ -60,8 +60,13 @@ def gpu_of(index: int) -> Gpu:
 
 
 def _constant(values: np.ndarray[tuple[int, ...], np.dtype[np.generic]], index: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.from_numpy(values).to(torch.device("cuda", index))
+    """``values`` on a GPU, in memory of a stream of its own: no CUDA graph's pool may own what outlives the graph."""
+    device = torch.device("cuda", index)
+    stream = torch.cuda.Stream(device)
+    with torch.inference_mode(False), torch.cuda.stream(stream):
+        constant = torch.from_numpy(values).to(device)
+    stream.synchronize()
+    return constant
 
 
 def rounded_pairs(name: str, dtype: torch.dtype) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:

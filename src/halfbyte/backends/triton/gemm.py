@@ -20,6 +20,7 @@ from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of,
 from halfbyte.backends.triton.kernels.gemm_portable import _gemm_4bit_portable_kernel, _sum_partial_kernel
 from halfbyte.backends.triton.launch import Launcher, on_device, raw_stream, start
 from halfbyte.backends.triton.tuning import FUSED_BATCHES, Tile, closed_form, fused_up_to, tile_for
+from halfbyte.errors import ArgumentError
 
 __all__ = ["FusedPlan", "gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "make_plan"]
 
@@ -175,6 +176,22 @@ def _aligned(*tensors: Tensor | None) -> bool:
     return addresses % ALIGNMENT == 0
 
 
+def _check_devices(*tensors: Tensor | None) -> None:
+    """Refuse tensors that no GPU can read: their addresses would end the process's use of the GPU."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cuda:
+            raise ArgumentError(
+                f"a tensor of the 4-bit weight is on {tensor.device}",
+                expected="all on the activation's GPU",
+                hint="move the layer, not its tensors: layer.to(device) takes the quant_state along",
+            )
+
+
+def _realigned(tensor: Tensor | None) -> Tensor | None:
+    """A small tensor where the compiled kernel expects it: views of packed state may begin anywhere."""
+    return tensor if tensor is None or tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
 @implements("triton", "gemm_4bit")
 def gemm_4bit(
     A: Tensor,
@@ -199,8 +216,8 @@ def gemm_4bit(
         return out.zero_() if bias is None else out.copy_(bias)
     # One row may have any stride: it is never used.
     x = A if A.dim() == 2 else A.reshape(rows, k)
-    if x.stride(1) != 1 or x.stride(0) % 8:
-        x = x.contiguous()
+    if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % ALIGNMENT:
+        x = x.clone(memory_format=torch.contiguous_format)
     x_stride = k if rows == 1 else x.stride(0)
     index = A.device.index
     key = (
@@ -217,8 +234,14 @@ def gemm_4bit(
     if absmax_offset is not None and absmax_offset.dtype != torch.float32:
         nested = offset_fp32(nested)
     packed = B if B.is_contiguous() else B.contiguous()
+    absmax = absmax if absmax.is_contiguous() else absmax.contiguous()
+    _check_devices(packed, absmax, *nested, bias)
     with on_device(index):
-        if plan is not None and _aligned(x, packed, absmax, *nested, bias):
+        if plan is not None and packed.data_ptr() % ALIGNMENT == 0:
+            if not _aligned(absmax, *nested, bias):
+                absmax = absmax if _aligned(absmax) else absmax.clone()
+                nested = (_realigned(nested[0]), _realigned(nested[1]), _realigned(nested[2]))
+                bias = _realigned(bias)
             plan.run(x, packed, absmax, nested, bias, out, index)
         elif rows <= PORTABLE_UP_TO:
             levels = levels_of(quant_type, index)
