@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import importlib.metadata
 import os
 import platform
@@ -66,6 +67,7 @@ def copies_for(nbytes: int) -> int:
     return max(2, -(-COLD_BYTES // max(1, nbytes)))
 
 
+@functools.lru_cache(maxsize=1)
 def facts() -> dict[str, str]:
     """Machine, versions and commit, as columns of every result."""
     return {

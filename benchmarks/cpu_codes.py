@@ -85,7 +85,8 @@ def main() -> None:
                 )
             line = "  ".join(f"{who} {t.least * 1e3:.3f}/{t.median * 1e3:.3f}" for who, t in timings.items())
             print(f"{job} {name}  ms min/median:  {line}", flush=True)
-    print(common.write_csv(args.out, rows))
+            written = common.write_csv(args.out, rows)
+    print(written)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import linear
 
 import common
+import cpu_read
 import halfbyte.backends  # noqa: F401  (defines and binds torch.ops.halfbyte)
 from halfbyte.backends.cpu import host
 
@@ -33,50 +34,64 @@ def nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return second, codes, code, offset
 
 
-def ours(weight: torch.Tensor, x: torch.Tensor) -> tuple[dict[str, Case], int]:
-    """halfbyte with plain and nested absmax, and the bytes that one product reads."""
-    op = torch.ops.halfbyte
-    packed, absmax = op.quantize_4bit(weight, BLOCKSIZE, "nf4", torch.uint8)
-    nbytes = packed.numel() + 4 * absmax.numel()
-    copies = [(packed.clone(), absmax.clone()) for _ in range(common.copies_for(nbytes))]
-    second = nested(absmax)
-    shape = list(weight.shape)
+class Contestants:
+    """One weight in every form, copied often enough to leave the caches."""
 
-    def plain(i: int) -> object:
-        p, a = copies[i % len(copies)]
-        return op.gemm_4bit(x, p, shape, a, BLOCKSIZE, "nf4")
+    def __init__(self, weight: torch.Tensor) -> None:
+        op = torch.ops.halfbyte
+        self.weight, self.shape = weight, list(weight.shape)
+        packed, absmax = op.quantize_4bit(weight, BLOCKSIZE, "nf4", torch.uint8)
+        self.nbytes = packed.numel() + 4 * absmax.numel()
+        self.copies = [(packed.clone(), absmax.clone()) for _ in range(common.copies_for(self.nbytes))]
+        self.second = nested(absmax)
+        self.dense: dict[torch.dtype, list[torch.Tensor]] = {}
+        self.peer = importlib.util.find_spec("bitsandbytes") is not None
+        if self.peer:
+            from bitsandbytes import functional as F
 
-    def double(i: int) -> object:
-        return op.gemm_4bit(x, copies[i % len(copies)][0], shape, second[0], BLOCKSIZE, "nf4", None, *second[1:])
+            theirs, self.state = F.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
+            self.theirs = [theirs.clone() for _ in self.copies]
+            self.repacked: list[torch.Tensor] = []
+            if F.has_avx512bf16() and weight.shape[0] % 32 == 0:
+                _, self.other = F.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
+                self.other.dtype = torch.bfloat16
+                again, self.other = F._convert_weight_packed_for_cpu(theirs.clone(), self.other)
+                self.repacked = [again.clone() for _ in self.copies]
 
-    return {"halfbyte": plain, "halfbyte nested": double}, nbytes
+    def cases(self, x: torch.Tensor) -> dict[str, Case]:
+        """Who -> product with ``x``."""
+        op, count = torch.ops.halfbyte, len(self.copies)
+        if x.dtype not in self.dense:
+            copies = common.copies_for(self.weight.numel() * x.element_size())
+            self.dense = {x.dtype: [self.weight.to(x.dtype) for _ in range(copies)]}
+        dense = self.dense[x.dtype]
 
+        def plain(i: int) -> object:
+            packed, absmax = self.copies[i % count]
+            return op.gemm_4bit(x, packed, self.shape, absmax, BLOCKSIZE, "nf4")
 
-def dense(weight: torch.Tensor, x: torch.Tensor) -> dict[str, Case]:
-    """torch on the unquantized weight, in the activations' dtype."""
-    copies = [weight.to(x.dtype) for _ in range(common.copies_for(weight.numel() * x.element_size()))]
-    return {"torch dense": lambda i: linear(x, copies[i % len(copies)])}
+        def double(i: int) -> object:
+            packed, second = self.copies[i % count][0], self.second
+            return op.gemm_4bit(x, packed, self.shape, second[0], BLOCKSIZE, "nf4", None, *second[1:])
 
+        found: dict[str, Case] = {
+            "halfbyte": plain,
+            "halfbyte nested": double,
+            "torch dense": lambda i: linear(x, dense[i % len(dense)]),
+        }
+        if x.numel() == x.shape[-1]:
+            found["reading alone"] = lambda i: cpu_read.read(self.copies[i % count])
+        if self.peer:
+            import bitsandbytes as bnb
 
-def peer(weight: torch.Tensor, x: torch.Tensor) -> dict[str, Case]:
-    """bitsandbytes as it comes (canonical bytes), and with its destructive repacking where the CPU has that path."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return {}
-    import bitsandbytes as bnb
-    from bitsandbytes import functional as F
-
-    packed, state = F.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
-    copies = [packed.clone() for _ in range(common.copies_for(packed.numel()))]
-    cases: dict[str, Case] = {
-        "bitsandbytes canonical": lambda i: bnb.matmul_4bit(x, copies[i % len(copies)].t(), quant_state=state)
-    }
-    if F.has_avx512bf16() and x.dtype == torch.bfloat16 and weight.shape[0] % 32 == 0:
-        _, other = F.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
-        other.dtype = torch.bfloat16
-        repacked, other = F._convert_weight_packed_for_cpu(packed.clone(), other)
-        again = [repacked.clone() for _ in range(len(copies))]
-        cases["bitsandbytes repacked"] = lambda i: bnb.matmul_4bit(x, again[i % len(again)], quant_state=other)
-    return cases
+            found["bitsandbytes canonical"] = lambda i: bnb.matmul_4bit(
+                x, self.theirs[i % count].t(), quant_state=self.state
+            )
+            if self.repacked and x.dtype == torch.bfloat16:
+                found["bitsandbytes repacked"] = lambda i: bnb.matmul_4bit(
+                    x, self.repacked[i % count], quant_state=self.other
+                )
+        return found
 
 
 def main() -> None:
@@ -93,16 +108,14 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for shape in args.shapes.split(","):
         n, k = map(int, shape.split("x"))
-        weight = torch.randn(n, k) * 0.02
+        contestants = Contestants(torch.randn(n, k) * 0.02)
         for name in args.dtypes.split(","):
             dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[name]
             for batch in map(int, args.batches.split(",")):
                 x = torch.randn(batch, k).to(dtype)
-                mine, nbytes = ours(weight, x)
-                cases = {**mine, **dense(weight, x), **peer(weight, x)}
-                timings = common.interleave(cases, seconds=args.seconds)
+                timings = common.interleave(contestants.cases(x), seconds=args.seconds)
                 for who, t in timings.items():
-                    packed = who.startswith("halfbyte") or who.endswith("repacked")
+                    packed = who in {"halfbyte", "reading alone"}
                     rows.append(
                         {
                             "shape": shape,
@@ -111,7 +124,7 @@ def main() -> None:
                             "who": who,
                             "min_ms": round(t.least * 1e3, 4),
                             "median_ms": round(t.median * 1e3, 4),
-                            "gb_s": round(nbytes / t.least / 1e9, 1) if packed and batch == 1 else "",
+                            "gb_s": round(contestants.nbytes / t.least / 1e9, 1) if packed and batch == 1 else "",
                             "rounds": t.count,
                             "threads": args.threads,
                             "level": host.level().name,
@@ -119,7 +132,8 @@ def main() -> None:
                     )
                 line = "  ".join(f"{who} {t.least * 1e3:.3f}/{t.median * 1e3:.3f}" for who, t in timings.items())
                 print(f"{shape} {name} M={batch}  ms min/median:  {line}", flush=True)
-    print(common.write_csv(args.out, rows))
+                written = common.write_csv(args.out, rows)
+    print(written)
 
 
 if __name__ == "__main__":
