@@ -484,3 +484,10 @@ def test_every_class_that_a_check_declares_has_a_case():
     arranged = {case.failure_class for case in CASES} | {"C12", "E4"}
     declared = {name for check in registry.checks() for name in check.classes}
     assert declared <= arranged
+
+
+def test_a_driver_that_does_not_answer_is_a_failure():
+    facts = healthy_facts()
+    gpu = replace(facts["gpu"], smi=(), smi_error="nvidia-smi: no answer in 8 s")
+    result = result_of("GPU104", {"gpu": gpu})
+    assert (result.status, result.fixes[0].command) == (FAIL, "sudo reboot")

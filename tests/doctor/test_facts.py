@@ -323,3 +323,16 @@ def test_the_group_of_a_device_file_is_named(host: Host):
     node = plant(host, "/dev/nvidia0")
     plant(host, "/etc/group", f"root:x:99999:\nrender:x:{node.stat().st_gid}:\n")
     assert gpu(host).nodes[0].group == "render"
+
+
+def test_an_nvidia_smi_that_hangs_is_not_asked_again(host: Host):
+    nvidia_tree(host.root, smi="")
+    plant(host, "/usr/bin/nvidia-smi")
+    asked: list[list[str]] = []
+
+    def run(words: list[str], timeout: float) -> Completed:
+        asked.append(words)
+        return Completed(None, "nvidia-smi: no answer in 8 s")
+
+    assert gpu(replace(host, run=run)).smi_error == "nvidia-smi: no answer in 8 s"
+    assert len(asked) == 1

@@ -11,6 +11,7 @@ from halfbyte.doctor import registry
 from halfbyte.doctor.facts.torch_build import TorchBuild
 from halfbyte.doctor.facts.torch_import import TorchImport
 from halfbyte.doctor.model import Level, Status
+from halfbyte.doctor.probes.steps import STEPS
 from halfbyte.doctor.registry import Check
 from halfbyte.doctor.report import Report, compose
 from halfbyte.doctor.run import Facts, run_checks
@@ -192,3 +193,7 @@ def test_a_proof_is_a_check_that_computes(check: Check):
     proof = next(each for each in registry.checks() if each.code == check.proof)
     assert proof.level is Level.DEFAULT
     assert check.code not in proof.requires
+
+
+def test_each_step_of_the_proofs_is_looked_at_by_a_check():
+    assert {step for check in registry.checks() for step in check.steps} == set(STEPS)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from halfbyte.doctor import checks as _register_checks
@@ -80,7 +81,8 @@ def _examine(options: argparse.Namespace) -> int:
     steps = frozenset(step for check in selected for step in check.steps)
     host = Host.here(root=options.root, timeout=options.timeout, full=level is Level.FULL, steps=steps)
     facts = Facts(host)
-    findings = run_checks(facts, selected, asked)
+    with _patience(level):
+        findings = run_checks(facts, selected, asked)
     report = compose(facts, findings, level, time.monotonic() - start)
     if options.json:
         print(json.render(report))
@@ -91,6 +93,19 @@ def _examine(options: argparse.Namespace) -> int:
     if options.fix:
         _fix(report, host, ask=not options.yes)
     return report.exit_code
+
+
+@contextlib.contextmanager
+def _patience(level: Level) -> Generator[None, None, None]:
+    """Tell someone at a terminal that it takes a while, and take that line away again."""
+    shown = level is not Level.QUICK and sys.stderr.isatty()
+    if shown:
+        print("Computing on every device, in child processes ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r" + " " * 60 + "\r", end="", file=sys.stderr, flush=True)
 
 
 def _fix(report: Report, host: Host, *, ask: bool) -> None:

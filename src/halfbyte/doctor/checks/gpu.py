@@ -11,7 +11,7 @@ from halfbyte.doctor.registry import check
 
 __all__: list[str] = []
 
-REBOOT = Fix("restart the machine, so that the new driver is loaded", "sudo reboot")
+REBOOT = Fix("restart the machine, so that the driver is loaded anew", "sudo reboot")
 
 
 @check("GPU101", classes=("A6", "F1"))
@@ -109,6 +109,8 @@ def device_answers(gpu: Gpu) -> Result:
     Why it matters: EPERM there means that the container's device rules were lost, as by `systemctl daemon-reload`.
     How to fix: make the container anew; use the cgroupfs driver, or CDI devices, so that it does not come back.
     """
+    if "no answer in" in gpu.smi_error:
+        return Result.failed("the driver does not answer", gpu.smi_error, fixes=(REBOOT,))
     refused = [node for node in gpu.nodes if node.problem not in {"", "EACCES", "missing"}]
     if refused or "Unknown Error" in gpu.smi_error:
         lines = [f"{node.path}: {node.problem}" for node in refused] + ([gpu.smi_error] if gpu.smi_error else [])

@@ -237,6 +237,8 @@ def _smi(host: Host) -> tuple[tuple[SmiGpu, ...], str, str]:
             rows = [[cell.strip() for cell in line.split(",")] for line in done.output.splitlines() if "," in line]
             rows = [row for row in rows if len(row) == count]
             return tuple(_smi_gpu(row) for row in rows), "", rows[0][1] if rows else ""
+        if done.code is None:
+            break
     return (), "; ".join(done.output.split("\n")).strip("; ")[:300] or f"exit status {done.code}", ""
 
 
