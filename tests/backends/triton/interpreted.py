@@ -108,9 +108,10 @@ for name, code in (
     ("dynamic", dynamic_map()),
     ("unsigned", dynamic_map(signed=False)),
     ("line", np.linspace(-1, 1, 256)),
+    ("crowded", np.sort(np.concatenate([np.linspace(0.5, 0.501, 200), np.linspace(-1, 0.4, 56)]))),
 ):
     code = torch.from_numpy(np.asarray(code, np.float32))
-    cells, widest = torch.empty(4096, dtype=torch.int32), torch.empty(64, dtype=torch.int32)
+    cells, widest = torch.empty(4096, dtype=torch.int64), torch.empty(64, dtype=torch.int32)
     _cells_8bit_kernel[(64,)](code, cells, widest, 64)
     for numel, blocksize in ((1, 1), (1000, 100), (4097, 256), (5001, 4096)):
         x = hard(numel)

@@ -144,13 +144,13 @@ PLAIN = {
     ),
     "cells_8bit": (
         quantize_kernels._cells_8bit_kernel,
-        {"code": "*fp32", "cells": "*i32", "widest": "*i32"},
+        {"code": "*fp32", "cells": "*i64", "widest": "*i32"},
         {"BLOCK": 64},
         (),
     ),
     "quantize_blockwise": (
         quantize_kernels._quantize_blockwise_kernel,
-        {"values": "*fp32", "codes": "*u8", "absmax": "*fp32", "code": "*fp32", "cells": "*i32", "widest": "*i32",
+        {"values": "*fp32", "codes": "*u8", "absmax": "*fp32", "code": "*fp32", "cells": "*i64", "widest": "*i32",
          "blocksize": "i32", "numel": "i64"},
         {"WIDTH": 256, "ROWS": 8, "PROGRAMS": 64},
         ("blocksize", "numel"),

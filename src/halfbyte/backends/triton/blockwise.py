@@ -40,7 +40,7 @@ def _quantize(values: Tensor, code: Tensor, blocksize: int, codes: Tensor, absma
     rows = max(1, SPAN // width)
     code = code.contiguous()
     with on_device(values.device.index):
-        cells = torch.empty(CELLS, dtype=torch.int32, device=values.device)
+        cells = torch.empty(CELLS, dtype=torch.int64, device=values.device)
         widest = torch.empty(PROGRAMS, dtype=torch.int32, device=values.device)
         start(_cells_8bit_kernel, (PROGRAMS,), code, cells, widest, CELLS // PROGRAMS, num_warps=4)
         start(

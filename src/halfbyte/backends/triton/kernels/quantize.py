@@ -70,8 +70,9 @@ def _quantize_4bit_kernel(
 def _cells_8bit_kernel(code, cells, widest, BLOCK: tl.constexpr):
     """For every cell of fp32 bits (sign, exponent from 2**-24 to 2**0, 6 bits of mantissa): ranks of its ends.
 
-    ``cells[c] = low | high << 8``: midpoints strictly below the cell's least and greatest value; ``widest[program]``
-    the greatest ``high - low`` of the program's cells. Cell 0 of a sign reaches down to zero, the last one to infinity.
+    ``cells[c] = bits | (low | high << 8) << 32``: midpoints strictly below the cell's least and greatest value, and the
+    fp32 bits of the midpoint that halves what lies between; ``widest[program]``: the greatest ``high - low`` of the
+    program's cells. Cell 0 of a sign reaches down to zero, the last one to infinity.
     """
     cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     magnitude = cell & 2047
@@ -87,7 +88,10 @@ def _cells_8bit_kernel(code, cells, widest, BLOCK: tl.constexpr):
     real = (i < 255)[None, :]
     low = tl.sum(((midpoint[None, :] < least[:, None]) & real).to(tl.int32), axis=1)
     high = tl.sum(((midpoint[None, :] < greatest[:, None]) & real).to(tl.int32), axis=1)
-    tl.store(cells + cell, low | (high << 8))
+    middle = (low + high) >> 1
+    cut = (tl.load(code + middle) + tl.load(code + tl.minimum(middle + 1, 255))) * 0.5
+    bits = cut.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    tl.store(cells + cell, bits | ((low | (high << 8)).to(tl.int64) << 32))
     tl.store(widest + tl.program_id(0), tl.max(high - low, axis=0))
 
 
@@ -111,9 +115,16 @@ def _quantize_blockwise_kernel(
     bits = key.to(tl.int32, bitcast=True)
     magnitude = tl.minimum(tl.maximum(((bits & 0x7FFFFFFF) >> 17) - (102 << 6), 0), 2047)
     entry = tl.load(cells + (magnitude | tl.where(bits < 0, 2048, 0)))
-    low = entry & 255
-    high = entry >> 8
-    span = tl.max(tl.load(widest + tl.arange(0, PROGRAMS)), axis=0)
+    above = key > entry.to(tl.int32).to(tl.float32, bitcast=True)
+    ranks = (entry >> 32).to(tl.int32)
+    low = ranks & 255
+    high = ranks >> 8
+    middle = (low + high) >> 1
+    open_ = low < high
+    low = tl.where(open_ & above, middle + 1, low)
+    high = tl.where(open_ & (above == 0), middle, high)
+    # Maps for quantization have at most one midpoint in a cell; others go on halving.
+    span = tl.max(tl.load(widest + tl.arange(0, PROGRAMS)), axis=0) // 2
     while span > 0:
         middle = (low + high) >> 1
         midpoint = (tl.load(code + middle) + tl.load(code + tl.minimum(middle + 1, 255))) * 0.5
