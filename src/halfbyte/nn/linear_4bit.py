@@ -107,6 +107,14 @@ class Linear4bit(torch.nn.Linear):
         self.quant_state = self.weight.quant_state
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        weight: Any = self._parameters.get("weight")
+        if not isinstance(weight, Params4bit) and getattr(weight, "quant_state", None) is not None:
+            # bitsandbytes pickles the attributes of a weight but not its class.
+            settings: dict[str, Any] = {**vars(weight), "module": self, "requires_grad": False}
+            self.weight = Params4bit(weight.data, **settings)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         state = getattr(self.weight, "quant_state", None)

@@ -3,7 +3,7 @@
 python tests/golden/hf/make.py
 
 Each folder is what ``save_pretrained`` wrote for a small random Llama, with ``expected.safetensors`` beside it: the
-weights as bitsandbytes dequantizes them, in bf16.
+weights as bitsandbytes dequantizes them, in bf16. ``pickled_layer.pt`` is a whole layer, an input and its output.
 """
 
 from __future__ import annotations
@@ -51,6 +51,9 @@ def main() -> None:
             }
             save_file({key: value.contiguous() for key, value in weights.items()}, HERE / name / "expected.safetensors")
             (HERE / name / "generation_config.json").unlink()
+    layer = torch.nn.Sequential(bnb.nn.LinearNF4(64, 32, compute_dtype=torch.float32)).to("cpu").eval()
+    inputs = torch.randn(3, 64)
+    torch.save((layer, inputs, layer(inputs).detach()), HERE / "pickled_layer.pt")
 
 
 if __name__ == "__main__":
