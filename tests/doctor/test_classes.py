@@ -453,6 +453,13 @@ def test_the_check_declares_the_class_it_finds(case: Case):
     assert case.failure_class in check.classes
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_safe_fix_only_sets_a_variable_or_makes_a_folder(case: Case):
+    for fix in result_of(case.code, facts_with(case.broken)).fixes:
+        if fix.safe:
+            assert all(part.startswith(("export ", "mkdir -p ")) for part in fix.command.split(" && "))
+
+
 def test_at_least_45_classes_are_arranged():
     assert len({case.failure_class for case in CASES}) >= 45
 

@@ -37,6 +37,8 @@ def host_where(behave: Behaviour, requests: list[Request] | None = None, **chang
             if last is None:
                 return Outcome(tuple(events), "killed by SIGSEGV", "Fatal Python error: Segmentation fault")
             events.append({"event": "step", "step": step, **last})
+            if last.get("text", "").startswith("CUDA error"):
+                return Outcome(tuple(events))
             if step in BASIC and last["state"] == "error":
                 rest = request.arguments["steps"][request.arguments["steps"].index(step) + 1 :]
                 events += [
@@ -69,6 +71,12 @@ def test_a_crash_costs_one_step_and_the_others_run_in_a_new_child():
     assert found.devices[1].steps["fp4"].text == "Fatal Python error: Segmentation fault"
     assert found.devices[0].verified
     assert found.devices[2].verified
+
+
+def test_an_error_after_which_the_gpu_is_lost_to_that_process_costs_one_step():
+    lost = {"state": "error", "text": "CUDA error: an illegal memory access was encountered", "seconds": 0.1}
+    found = proofs(host_where(lambda _, step, __: lost if step == "nf4" else good()), TorchImport(ok=True))
+    assert states(found, "cpu") == {**dict.fromkeys(states(found, "cpu"), "done"), "nf4": "error"}
 
 
 def test_two_crashes_cost_two_steps():

@@ -161,12 +161,11 @@ def _step(event: Mapping[str, Any], device: Device, outcome: Outcome) -> StepPro
 
 
 def _after_crash(names: list[str], found: dict[str, StepProof]) -> list[str]:
-    """Steps that a new child has to run because the last one died in one of them."""
+    """Steps that a new child has to run because the last one ended in one before them."""
     left = [name for name in names if name not in found]
-    dead = next((name for name in names if name in found and found[name].state == "crash"), "")
-    if left and (dead in BASIC or not dead):
-        reason = f"{dead} failed before" if dead else "the child ended without reporting it"
-        found.update({name: StepProof("blocked", reason) for name in left})
+    dead = next((name for name in BASIC if name in names and name in found and found[name].state == "crash"), "")
+    if dead:
+        found.update({name: StepProof("blocked", f"{dead} failed before") for name in left})
         return []
     return left
 

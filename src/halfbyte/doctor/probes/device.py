@@ -30,8 +30,19 @@ def run(arguments: dict[str, Any], emit: Callable[..., None]) -> None:
         emit("step", step=name, seconds=time.perf_counter() - start, **report)
         if step.basic and report["state"] != "done":
             blocked_by = name
+        elif _poisoned(report):
+            return
     if not blocked_by:
         emit("backends", verdicts=_backends(device))
+
+
+def _poisoned(report: dict[str, Any]) -> bool:
+    """Whether this process can compute no more on the GPU: after such an error every later call fails the same way.
+
+    The parent runs what is left in a new child.
+    """
+    text = str(report.get("text", ""))
+    return report["state"] == "error" and any(part in text for part in ("CUDA error", "HIP error", "CUDA driver error"))
 
 
 def _attempt(step: Step, device: str, thorough: bool) -> dict[str, Any]:
