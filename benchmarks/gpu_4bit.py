@@ -29,8 +29,9 @@ from halfbyte.backends import registry
 from halfbyte.backends.reference import blockwise as reference_8bit
 from halfbyte.formats.dynamic import dynamic_map
 
-SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (8192, 28672), (5000, 3072)]
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (5000, 3072), (8192, 28672)]
 BATCHES = [1, 2, 4, 8, 16, 17, 32, 33, 64, 65, 128, 256, 512, 2048]
+NESTED_BATCHES = (1, 8, 64)
 BANDWIDTH = 3.0e6
 """Bytes per microsecond that a large read reaches on an H100: the floor is the packed bytes and fp32 scales at that."""
 
@@ -100,6 +101,7 @@ def checked(result: Tensor, x: Tensor, weight: Tensor) -> float:
 def compile_ahead(worker: int, workers: int) -> None:
     """Compile this worker's share of the kernels into Triton's cache."""
     jobs = [(n, k, m, nested) for n, k in SHAPES for m in BATCHES for nested in (False, True) if m <= 256]
+    jobs = [job for job in jobs if not job[3] or job[2] in NESTED_BATCHES]
     second = None
     for n, k, m, nested in jobs[worker::workers]:
         packed = torch.zeros(n * k // 2, 1, dtype=torch.uint8, device="cuda")
@@ -140,8 +142,10 @@ def _point(
     n: int, k: int, x: Tensor, packed: list[Any], nested: list[Any], weights: list[Tensor], peer: Any, exact: Tensor
 ) -> dict[str, Any]:
     """Error and times of one batch."""
-    codes, second, *rest = nested[0]
-    checked(ops.gemm_4bit(x, codes, [n, k], second, 64, "nf4", None, *rest), x, exact)
+    if x.shape[0] not in NESTED_BATCHES:
+        nested = []
+    for codes, second, *rest in nested[:1]:
+        checked(ops.gemm_4bit(x, codes, [n, k], second, 64, "nf4", None, *rest), x, exact)
     row: dict[str, Any] = {"error": checked(ops.gemm_4bit(x, packed[0][0], [n, k], packed[0][1], 64, "nf4"), x, exact)}
     calls: dict[str, list[Callable[[], Any]]] = {
         "ours": [lambda p=p, a=a: ops.gemm_4bit(x, p, [n, k], a, 64, "nf4") for p, a in packed],
@@ -261,12 +265,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop starting new points after this many")
+    parser.add_argument("--compile-only", type=int, default=0, metavar="WORKERS", help="fill Triton's cache and stop")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    workers = max(1, min(14, (multiprocessing.cpu_count() or 1) - 1))
+    workers = arguments.compile_only or max(1, min(14, multiprocessing.cpu_count() - 1))
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers) as pool:
         pool.starmap(compile_ahead, [(i, workers) for i in range(workers)])
+    if arguments.compile_only:
+        return
     torch.manual_seed(0)
     device = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     print(device, {name: facts()[name] for name in ("torch", "triton", "bitsandbytes", "commit")}, flush=True)

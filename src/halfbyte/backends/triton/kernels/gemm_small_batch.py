@@ -170,7 +170,7 @@ def _accumulate(
     return acc
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M"])
 def _gemm_4bit_small_batch_kernel(
     w_ptr, x_ptr, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, pairs,
     M, N, row_words, row_blocks, x_stride, groups, per_slice,

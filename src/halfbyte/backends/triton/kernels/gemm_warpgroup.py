@@ -84,7 +84,7 @@ def _copy_iteration(
     async_copy.commit_group()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M"])
 def _gemm_4bit_warpgroup_kernel(
     w_ptr, x_ptr, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, pairs,
     h0, h1, h2, h3, l0, l1, l2, l3,
