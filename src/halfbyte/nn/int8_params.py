@@ -12,11 +12,12 @@ from torch import Tensor
 
 from halfbyte.errors import ArgumentError
 from halfbyte.functional import int8_vectorwise_quant
+from halfbyte.nn.moves import Moves
 
 __all__ = ["Int8Params"]
 
 
-class Int8Params(torch.nn.Parameter):
+class Int8Params(Moves, torch.nn.Parameter):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A weight that is quantized once, on its first move to a real device, and then holds int8 codes.
 
     Codes and scales are one: ``CB`` is the parameter's own data and exists only together with ``SCB``, which follows
@@ -124,20 +125,6 @@ class Int8Params(torch.nn.Parameter):
         self.data = applied.data
         self.SCB = scales
         return self
-
-    def cpu(self) -> Int8Params:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``to("cpu")``."""
-        return self.to("cpu")
-
-    def cuda(self, device: Any = None, non_blocking: bool = False) -> Int8Params:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``to("cuda")`` or that CUDA device."""
-        where = torch.device("cuda", device) if isinstance(device, int) else (device or "cuda")
-        return self.to(where, non_blocking=non_blocking)
-
-    def xpu(self, device: Any = None, non_blocking: bool = False) -> Int8Params:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``to("xpu")`` or that XPU device."""
-        where = torch.device("xpu", device) if isinstance(device, int) else (device or "xpu")
-        return self.to(where, non_blocking=non_blocking)
 
     def _like(self, data: Tensor, scales: Tensor | None) -> Int8Params:
         """A parameter of the same settings around other data."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from halfbyte.errors import ArgumentError, CheckpointError
 from halfbyte.formats import blocks
 from halfbyte.functional import quantize_4bit
+from halfbyte.nn.moves import Moves
 from halfbyte.ops.arguments import check_packed
 from halfbyte.quant_state import QuantState
 
@@ -21,7 +22,7 @@ __all__ = ["Params4bit"]
 _SPLITS = frozenset({torch.chunk, torch.split, Tensor.chunk, Tensor.split})
 
 
-class Params4bit(torch.nn.Parameter):
+class Params4bit(Moves, torch.nn.Parameter):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A weight that is quantized once, on its first move to a real device, and then holds packed codes.
 
     Everything in its ``__dict__`` is a keyword of the constructor: ``Params4bit(data, **old.__dict__)`` rebuilds one.
@@ -213,36 +214,6 @@ class Params4bit(torch.nn.Parameter):
         self.data = other.data
         vars(self).update({name: value for name, value in vars(other).items() if name != "module"})
         return True
-
-    def cpu(self) -> Params4bit:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``to("cpu")``."""
-        return self.to("cpu")
-
-    def cuda(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``to("cuda")`` or that CUDA device."""
-        where = torch.device("cuda", device) if isinstance(device, int) else (device or "cuda")
-        return self.to(where, non_blocking=non_blocking)
-
-    def xpu(self, device: Any = None, non_blocking: bool = False) -> Params4bit:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """``to("xpu")`` or that XPU device."""
-        where = torch.device("xpu", device) if isinstance(device, int) else (device or "xpu")
-        return self.to(where, non_blocking=non_blocking)
-
-    def half(self) -> Params4bit:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """fp16, or itself once quantized."""
-        return self.to(torch.float16)
-
-    def bfloat16(self) -> Params4bit:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """bf16, or itself once quantized."""
-        return self.to(torch.bfloat16)
-
-    def float(self) -> Params4bit:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """fp32, or itself once quantized."""
-        return self.to(torch.float32)
-
-    def double(self) -> Params4bit:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """fp64, or itself once quantized."""
-        return self.to(torch.float64)
 
     def _like(self, data: Tensor, state: QuantState | None) -> Params4bit:
         """A parameter of the same settings, without the owner, around other data."""
