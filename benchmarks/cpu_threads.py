@@ -57,17 +57,11 @@ def main() -> None:
         "in turn, pool": on_pool(both),
     }
     timings = common.interleave(cases, repeats=200, seconds=args.seconds)
-    rows = []
+    rows: list[dict[str, object]] = []
     for who, t in timings.items():
         print(f"{who}: {t.least * 1e3:.3f} / {t.median * 1e3:.3f} ms")
-        rows.append(
-            {
-                "who": who,
-                "min_ms": round(t.least * 1e3, 4),
-                "median_ms": round(t.median * 1e3, 4),
-                "threads": args.threads,
-            }
-        )
+        figures = {"min_ms": round(t.least * 1e3, 4), "median_ms": round(t.median * 1e3, 4)}
+        rows.append({"who": who, **figures, "threads": args.threads})
     print(common.write_csv(args.out, rows))
 
 
