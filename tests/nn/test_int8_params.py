@@ -164,3 +164,10 @@ def test_scales_follow_codes_that_another_module_moved() -> None:
     holder.weight = weight
     holder.to("cpu")
     assert torch.equal(matmul(torch.ones(1, 64), holder.weight), expected)
+
+
+@pytest.mark.parametrize("name", ["half", "bfloat16", "float", "double"])
+def test_short_names_of_dtypes_never_touch_codes(name: str) -> None:
+    weight = quantized()
+    assert getattr(weight, name)() is weight
+    assert getattr(Int8Params(plain(), requires_grad=False), name)().is_floating_point()
