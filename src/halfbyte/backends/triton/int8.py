@@ -78,7 +78,7 @@ def _quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
     absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
     flags = torch.zeros(columns if threshold else 1, dtype=torch.int32, device=x.device)
-    block = min(4096, triton.next_power_of_2(columns))
+    block = max(128, min(4096, triton.next_power_of_2(columns)))
     start(
         _int8_rows_kernel,
         (rows,),
