@@ -29,6 +29,8 @@ TYPED_POINTERS = LLVM_VERSION[0] < 16
 _DIGEST_BYTES = 32
 _lock = threading.RLock()
 _engine: Any = None
+_kept: list[Any] = []
+"""Loaded objects and the temporary directory: what must live as long as the process."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -94,7 +96,9 @@ def function(name: str, level: Level, write: Callable[[], str]) -> tuple[int, Ca
         if _engine is None:
             target_machine = _target_machine(level, llvm.get_default_triple())
             _engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), target_machine)
-        _engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
+        loaded = llvm.object_file.ObjectFileRef.from_data(code)
+        _kept.append(loaded)  # the engine refers to its memory
+        _engine.add_object_file(loaded)
         _engine.finalize_object()
         address = int(_engine.get_function_address(name))
         return address, ctypes.CFUNCTYPE(None, ctypes.c_int64)(address)
@@ -133,9 +137,6 @@ def cache_directory() -> Path:
     temporary = tempfile.TemporaryDirectory(prefix="halfbyte-cpu-", ignore_cleanup_errors=True)
     _kept.append(temporary)
     return Path(temporary.name)
-
-
-_kept: list[Any] = []
 
 
 def _is_private(path: Path) -> bool:
