@@ -14,7 +14,7 @@ from halfbyte.errors import ArgumentError
 
 __all__ = ["FUSED_BATCHES", "Tile", "closed_form", "fused_up_to", "read", "tile_for"]
 
-FUSED_BATCHES = (1, 8, 16, 32, 64, 128)
+FUSED_BATCHES = (1, 8, 16, 32, 64, 128, 256)
 """Batch buckets: rows of activations that tiles of the fused kernels are measured for."""
 
 KINDS = ("register", "staged", "warpgroup")
