@@ -79,6 +79,14 @@ def test_a_folder_with_a_main_runs(folder: Path) -> None:
     assert f" {folder / 'folder'} __main__ " in ours.stdout
 
 
+def test_a_safe_path_stays_without_the_scripts_folder(folder: Path) -> None:
+    code = "import sys; print(sys.path)"
+    (folder / "path.py").write_text(code)
+    variables = {"PYTHONSAFEPATH": "1"}
+    plain = python(["path.py"], cwd=folder, **variables)
+    assert python(["-m", "halfbyte", "run", "path.py"], cwd=folder, **variables).stdout == plain.stdout
+
+
 def test_the_script_finds_halfbyte_as_bitsandbytes_without_loading_torch(folder: Path) -> None:
     assert python(["-m", "halfbyte", "run", "asks.py"], cwd=folder).stdout == "0.50.2+halfbyte False\n"
 

@@ -74,14 +74,19 @@ def _run_path(path: Path) -> None:
 def _set_path(folder: str) -> None:
     """Let ``sys.path[0]`` be what Python would have put there."""
     _drop_path()
-    if not getattr(sys.flags, "safe_path", False):
+    if not _safe_path():
         sys.path.insert(0, folder)
 
 
 def _drop_path() -> None:
     # What stands first is the folder of the halfbyte command, or the current one under `python -m halfbyte`.
-    if not getattr(sys.flags, "safe_path", False) and sys.path:
+    if not _safe_path() and sys.path:
         del sys.path[0]
+
+
+def _safe_path() -> bool:
+    """Whether Python was told to put no folder first (``-P`` from 3.11, ``-I``)."""
+    return bool(getattr(sys.flags, "safe_path", sys.flags.isolated))
 
 
 def _reported(action: Callable[[], None]) -> int:
