@@ -19,7 +19,7 @@ def host_where(works: Callable[[Request, dict[str, str]], bool], **environ: str)
         left = {name: value for name, value in host.environ.items() if name not in request.without}
         return Outcome() if works(request, {**left, **request.changed}) else Outcome(ended="exit status 1")
 
-    return Host(environ=environ, probe=probe, cwd=Path("/work"), search_path=("/work", "/site"))
+    return Host(environ=environ, probe=probe, cwd=Path("/project"), search_path=("/project", "/site"))
 
 
 def culprit_of(host: Host) -> Culprit | None:
@@ -58,10 +58,12 @@ def test_nobody_is_blamed_where_nothing_helps():
 
 
 def test_only_what_is_there_is_suspected():
-    assert suspects(Host(search_path=("/site",), cwd=Path("/work"))) == ()
-    assert suspects(Host(environ={"PYTHONPATH": "/x"}, search_path=("/site",), cwd=Path("/work"))) == ("PYTHONPATH",)
+    assert suspects(Host(search_path=("/site",), cwd=Path("/project"))) == ()
+    assert suspects(Host(environ={"PYTHONPATH": "/x"}, search_path=("/site",), cwd=Path("/project"))) == ("PYTHONPATH",)
 
 
 def test_user_site_packages_are_a_suspect_where_they_are_searched():
-    host = Host(home=Path("/home/me"), search_path=("/home/me/.local/lib/python3.11/site-packages",), cwd=Path("/work"))
+    host = Host(
+        home=Path("/home/me"), search_path=("/home/me/.local/lib/python3.11/site-packages",), cwd=Path("/project")
+    )
     assert suspects(host) == ("user site-packages",)
