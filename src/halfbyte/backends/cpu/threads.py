@@ -66,31 +66,57 @@ def source() -> str:
     return "pool" if _forked or _gomp() is None else "openmp"
 
 
+class _Call:
+    """One kernel call that threads may join until its caller has seen the last piece go."""
+
+    def __init__(self, function: Function, block: Any) -> None:
+        self._function, self._block = function, block
+        self._lock, self._left = threading.Lock(), threading.Event()
+        self._closed, self._inside = False, 0
+
+    def join(self) -> None:
+        """Help, unless it is too late."""
+        with self._lock:
+            if self._closed:
+                return
+            self._inside += 1
+        self._function(ctypes.addressof(self._block))
+        with self._lock:
+            self._inside -= 1
+            if self._closed and not self._inside:
+                self._left.set()
+
+    def run(self) -> None:
+        """Work till no piece is left, then wait for those that joined; not for those that never came to it."""
+        self._function(ctypes.addressof(self._block))
+        with self._lock:
+            self._closed = True
+            waiting = self._inside > 0
+        if waiting:
+            self._left.wait()
+
+
 class _Pool:
     """Daemon threads that wait for kernels; started when needed, as many as were ever needed at once."""
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Function, Any, threading.Semaphore]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_Call] = queue.SimpleQueue()
         self._started = 0
         self._lock = threading.Lock()
 
     def _work(self) -> None:
         while True:
-            function, block, done = self._jobs.get()
-            function(ctypes.addressof(block))
-            done.release()
+            self._calls.get().join()
 
     def run(self, function: Function, block: Any, threads: int) -> None:
         with self._lock:
             while self._started < threads - 1:
                 self._started += 1
                 threading.Thread(target=self._work, name=f"halfbyte-cpu-{self._started}", daemon=True).start()
-        done = threading.Semaphore(0)
+        call = _Call(function, block)
         for _ in range(threads - 1):
-            self._jobs.put((function, block, done))
-        function(ctypes.addressof(block))
-        for _ in range(threads - 1):
-            done.acquire()
+            self._calls.put(call)
+        call.run()
 
 
 _pool = _Pool()
