@@ -23,7 +23,7 @@ from halfbyte.doctor.host import Host
 from halfbyte.doctor.model import Measurement
 
 GIB = 2**30
-H100 = Device("cuda:0", "NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB)
+H100 = Device("cuda:0", "NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB)
 VERSIONS = {
     "torch": "2.13.0",
     "triton": "3.7.0",
