@@ -1,4 +1,4 @@
-"""The rank of an fp32 value among the midpoints of an 8-bit map, by one table entry and one comparison of integers."""
+"""Rank tables of 8-bit maps at fixed addresses."""
 
 from __future__ import annotations
 
@@ -6,27 +6,16 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from halfbyte.backends.cpu.tables import Table
+from halfbyte.formats import ranks as formats
 
 __all__ = ["Ranks", "ranks"]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """A table over runs of fp32 values.
-
-    The bits of an fp32 value, with those of negative values turned around, rise with the value as a signed integer.
-    Its high part (shifted right by ``shift``) is the key of a run, which at most one midpoint cuts. The entry holds the
-    rank below the cut in 8 bits, and above them the low bits of the midpoint: a value with larger ones is one higher.
-
-    Attributes:
-        table: i32 for each key from ``low`` to ``high``.
-        low: Smallest key.
-        high: Largest key: that of 1.
-        shift: Low bits.
-    """
+    """As :class:`halfbyte.formats.ranks.Ranks`, with the table where kernels find it."""
 
     table: Table
     low: int
@@ -34,33 +23,10 @@ class Ranks:
     shift: int
 
 
-def _rising(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    bits = values.view(np.int32)
-    return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
-
-
-_NEVER = (1 << 24) - 1
-
-
 @functools.lru_cache(maxsize=64)
 def ranks(code: bytes) -> Ranks | str:
     """Table for a map of 256 rising fp32 values, given as their bytes; a reason if there is none."""
-    values = np.frombuffer(code, np.float32)
-    if not np.isfinite(values).all() or (np.diff(values) <= 0).any():
-        return "the code map does not rise from value to value"
-    midpoints = _rising(((values[:-1] + values[1:]) * np.float32(0.5)).astype(np.float32))
-    for shift in range(19, 14, -1):
-        keys = midpoints >> shift
-        if (np.diff(keys) > 0).all():
-            return _filled(midpoints, keys, shift)
-    return "the code map has values too close together for one comparison each"
-
-
-def _filled(midpoints: npt.NDArray[np.int64], keys: npt.NDArray[np.int64], shift: int) -> Ranks:
-    # One more run at either end, uncut: what lies beyond is held to it.
-    low, high = int(keys[0]) - 1, max(int(keys[-1]), 0x3F800000 >> shift) + 1
-    below = np.searchsorted(keys, np.arange(low, high + 1), side="left")
-    entries = (_NEVER << 8 | below).astype(np.int64)
-    entries[keys - low] = ((midpoints & ((1 << shift) - 1)) << 8) | np.arange(midpoints.size)
-    table = entries.astype(np.uint32)
-    return Ranks(Table.of(table.view(np.uint8)), low, high, shift)
+    found = formats.ranks(code)
+    if isinstance(found, str):
+        return found
+    return Ranks(Table.of(found.table.view(np.uint8)), found.low, found.high, found.shift)

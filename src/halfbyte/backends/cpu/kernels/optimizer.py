@@ -25,7 +25,7 @@ ARGUMENTS_8BIT = (
     *ARGUMENTS_32BIT,
     *(f"{what}{number}" for number in range(3) for what in ("absmax", "code", "ranks", "low", "high", "shift")),
 )
-"""``ranks``: one i32 for each run of fp32 bit patterns, see ``backends/cpu/ranks.py``; ``low``, ``high``: its keys."""
+"""``ranks``: one i32 for each run of fp32 bit patterns, see ``formats/ranks.py``; ``low``, ``high``: its keys."""
 
 INFINITY = 0x7F800000
 
