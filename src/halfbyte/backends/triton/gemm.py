@@ -135,7 +135,12 @@ class FusedPlan:
             self._launcher.ordinary(self._grid, packed, x, absmax, *nested, bias, partial, self._pairs, *self._numbers)
         if self._sum is not None:
             numel = self.m * self.n
-            self._sum.ordinary((-(-numel // 1024),), partial, bias, out, numel, self.n)
+            grid = (-(-numel // 1024), 1, 1)
+            if self._sum.compiled():
+                address = None if bias is None else bias.data_ptr()
+                self._sum.direct(grid, raw_stream(index), partial.data_ptr(), address, out.data_ptr(), numel, self.n)
+            else:
+                self._sum.ordinary(grid, partial, bias, out, numel, self.n)
 
 
 _plans: dict[tuple[Any, ...], FusedPlan | None] = {}
