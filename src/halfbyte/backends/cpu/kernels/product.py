@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I32, I64, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import F32, I64, Emitter, Type, Value
 from halfbyte.backends.cpu.kernels.levels import CHUNK, CHUNK_BYTES, Level
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
@@ -34,8 +34,6 @@ PREFETCH = 2048
 
 ROWS = 16
 """Rows that share a panel of activations; read panel by panel, they are prefetched one such group ahead."""
-
-_INFINITY = 0x7F800000
 
 
 def emit_prepare(e: Emitter, level: Level, *, dtype: str, tile: int) -> None:
@@ -179,19 +177,8 @@ class _Product:
         """Add the bias, round and store one product."""
         e = self.e
         result = e.variable(F32, total)
-        with e.when(self.is_infinite_or_nan(total)):
-            # An infinite absmax times the level zero is NaN in a dequantized weight; the sum above missed that.
-            chunk = row * self.chunks
-            with e.loop(chunk, chunk + self.chunks) as index:
-                for scale in self.chunk_scales(index):
-                    with e.when(e.compare("eq", e.bits(scale, I32) & 0x7FFFFFFF, _INFINITY)):
-                        result.set(e.const(F32, float("nan")))
         with e.when(e.compare("ne", self.bias, e.const(I64, 0))):
             bias = load_float(e, self.level, self.bias + row * ITEMSIZE[self.dtype], self.dtype)
             result.set(result.get() + bias)
         to = self.out + (member * self.rows + row) * ITEMSIZE[self.dtype]
         store_float(e, self.level, result.get(), to, self.dtype)
-
-    def is_infinite_or_nan(self, value: Value) -> Value:
-        e = self.e
-        return e.compare("uge", e.bits(value, I32) & 0x7FFFFFFF, _INFINITY)
