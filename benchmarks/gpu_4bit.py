@@ -153,7 +153,7 @@ def _point(
             lambda p=p, a=a, r=r: ops.gemm_4bit(x, p, [n, k], a, 64, "nf4", None, *r) for p, a, *r in nested
         ],
         "bf16": [lambda w=w: F.linear(x, w) for w in weights],
-        "bitsandbytes": [lambda c=c: c(x) for c in peer or ()],
+        "bnb": [lambda c=c: c(x) for c in peer or ()],
     }
     for name, functions in calls.items():
         row[name] = round(graph_time(functions), 2) if functions else ""
