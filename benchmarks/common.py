@@ -112,7 +112,7 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    stated = os.environ.get("HALFBYTE_COMMIT", "")  # where the checkout travels without its history
+    stated = os.environ.get("BENCHMARK_COMMIT", "")  # where the checkout travels without its history
     if stated:
         return stated
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
