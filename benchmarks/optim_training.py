@@ -3,6 +3,7 @@
     python benchmarks/optim_training.py                train and plot
     python benchmarks/optim_training.py --plot         only plot what is there
 
+Embeddings keep 32-bit states, as with transformers' Trainer.
 Writes ``benchmarks/results/optim-training.csv`` (optimizer, bits, step, loss) and ``docs/images/optim-training.png``.
 A CPU takes some seconds for a step.
 """
@@ -40,6 +41,9 @@ def train(name: str, bits: int, folder: Path) -> list[float]:
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    # As transformers' Trainer does: rows of rare tokens need more than 8 bits.
+    manager = optim.GlobalOptimManager.get_instance()
+    manager.register_module_override(model.get_input_embeddings(), "weight", {"optim_bits": 32})
     optimizer = getattr(optim, f"{name}{bits}bit")(model.parameters(), lr=RATES[name], weight_decay=0.01)
     losses: list[float] = []
     for ids in batches(AutoTokenizer.from_pretrained(folder)):
