@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import time
 from collections.abc import Callable
 
 import torch
@@ -60,15 +61,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--shape", default="4096x4096")
     parser.add_argument("--seconds", type=float, default=4.0, help="at most, for one job and dtype")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time on one thread, for a machine in use")
     parser.add_argument("--out", default="cpu_codes.csv")
     args = parser.parse_args()
+    args.threads = 1 if args.cpu_time else args.threads
+    clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     rows: list[dict[str, object]] = []
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         weight = (torch.randn(*map(int, args.shape.split("x"))) * 0.02).to(dtype)
         for job, cases in cases_for(weight).items():
-            timings = common.interleave(cases, seconds=args.seconds)
+            timings = common.interleave(cases, seconds=args.seconds, clock=clock)
             for who, t in timings.items():
                 rows.append(
                     {
@@ -81,6 +85,7 @@ def main() -> None:
                         "rounds": t.count,
                         "threads": args.threads,
                         "level": host.level().name,
+                        "clock": "cpu" if args.cpu_time else "wall",
                     }
                 )
             line = "  ".join(f"{who} {t.least * 1e3:.3f}/{t.median * 1e3:.3f}" for who, t in timings.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -146,9 +145,7 @@ def buckets(code: bytes) -> Buckets | str:
     last = (first | np.uint32(0xFFFF)).view(np.float32)
     first[0] = 1  # zero has a bucket of its own
     first = first.view(np.float32)
-    positive = _entries(midpoints, first, last, "left")
-    # A negative value is above a midpoint where its magnitude is not, and its code counts from the other end.
-    negative = _entries(-midpoints[::-1], first, last, "right")
+    positive, negative = _entries(midpoints, first, last), _entries(midpoints, -last, -first)
     if positive is None or negative is None:
         return "the code map has values too close together for one comparison each"
     zero = np.searchsorted(midpoints, np.float32(0.0), side="left")
@@ -156,15 +153,12 @@ def buckets(code: bytes) -> Buckets | str:
     return Buckets(Table.of(entries.view(np.uint8)), low, count)
 
 
-def _entries(
-    midpoints: FloatArray, first: FloatArray, last: FloatArray, side: Literal["left", "right"]
-) -> npt.NDArray[np.uint32] | None:
-    """One u32 a bucket: its rank, one more where a magnitude is above (``left``) or at (``right``) a midpoint."""
-    below = np.searchsorted(midpoints, first, side=side)
-    above = np.searchsorted(midpoints, last, side=side)
+def _entries(midpoints: FloatArray, lowest: FloatArray, highest: FloatArray) -> npt.NDArray[np.uint32] | None:
+    """One u32 a bucket, given by its lowest and highest value: the rank, one more above the midpoint in it."""
+    below = np.searchsorted(midpoints, lowest, side="left")
+    above = np.searchsorted(midpoints, highest, side="left")
     if (above > below + 1).any():
         return None
-    inside = midpoints[np.minimum(below, midpoints.size - 1)].view(np.uint32) & np.uint32(0xFFFF)
-    exceeded = inside if side == "left" else inside - np.uint32(1)
-    threshold = np.where(above > below, exceeded << np.uint32(16), np.uint32(_NEVER)).astype(np.uint32)
-    return threshold | below.astype(np.uint32)
+    bits = midpoints[np.minimum(below, midpoints.size - 1)].view(np.uint32)
+    bits = np.where(bits >> 31, ~bits, bits) << np.uint32(16)
+    return (np.where(above > below, bits, np.uint32(_NEVER)) | below).astype(np.uint32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, I32, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import F32, I8, I32, Emitter, Value
 from halfbyte.backends.cpu.kernels.levels import Level
 from halfbyte.backends.cpu.kernels.quantize import UNIT, Blocks
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, store_float
@@ -20,10 +20,10 @@ QUANTIZE_ARGUMENTS = (
     "blocksize",
     "blocks_a_piece",
 )
-"""``buckets``: one u32 for each range of values that share the upper half of their fp32 bits: in its own upper half the
-lower bits that a magnitude must exceed for the next code, in its lowest byte the code up to there. First ``key_count``
-for positive values by rising magnitude, then as many for negative ones (codes inverted, so that they too rise with the
-magnitude), then one for zero and one for NaN. ``key_low``: upper half of the first; first and last take all beyond."""
+"""``buckets``: one u32 for each range of values that share the upper half of their fp32 bits: in its own upper half
+what the lower half (turned around for negative values, so that it rises with them) must exceed for the next code, in its
+lowest byte the code up to there. First ``key_count`` for positive values by rising magnitude, then as many for negative
+ones, then one for zero and one for NaN. ``key_low``: upper half of the first; first and last take all beyond."""
 
 DEQUANTIZE_ARGUMENTS = ("source", "out", "absmax", "code", "numel", "blocks", "blocksize", "blocks_a_piece")
 
@@ -35,7 +35,7 @@ def emit_quantize(e: Emitter, level: Level, *, dtype: str) -> None:
     )
     walk = Blocks(e, level, dtype)
     low, count = (e.splat(e.convert("trunc", value, "i32"), level.lanes) for value in (low, count))
-    lower, keys, codes = e.buffer(I32, UNIT), e.buffer(I32, UNIT), e.buffer(I8, UNIT)
+    lower, keys = e.buffer(I32, UNIT), e.buffer(I32, UNIT)
     with e.pieces() as piece:
         start = piece * a_piece
         stop = e.select(e.compare("slt", start + a_piece, blocks), start + a_piece, blocks)
@@ -45,31 +45,27 @@ def emit_quantize(e: Emitter, level: Level, *, dtype: str) -> None:
             e.store(scale, absmax + (block << 2))
             factors = walk.factors(scale)
             with e.loop(0, blocksize, UNIT) as unit:
-                signs: list[Value] = []
                 for i, value in enumerate(walk.load_unit(address + unit * ITEMSIZE[dtype])):
-                    key, bits, sign = _key(e, value * factors[0] * factors[1], low, count)
-                    e.store(bits << 16, lower + 4 * level.lanes * i)
+                    key, low_bits = _key(e, value * factors[0] * factors[1], low, count)
+                    e.store(low_bits, lower + 4 * level.lanes * i)
                     e.store(key, keys + 4 * level.lanes * i)
-                    signs.append(sign)
+                to = out + block * blocksize + unit
                 for i in range(UNIT):
                     key = e.convert("zext", e.load(I32, keys + 4 * i), "i64")
                     bucket = e.load(I32, buckets + (key << 2))
                     above = e.convert("zext", e.compare("ugt", e.load(I32, lower + 4 * i), bucket), "i32")
-                    e.store(e.convert("trunc", bucket + above, "i8"), codes + i)
-                found = e.load(Type("i8", UNIT), codes) ^ e.convert("trunc", e.concat(signs), "i8")
-                e.store(found, out + block * blocksize + unit)
+                    e.store(e.convert("trunc", bucket + above, "i8"), to + i)
 
 
-def _key(e: Emitter, scaled: Value, low: Value, count: Value) -> tuple[Value, Value, Value]:
-    """Bucket of each value, its bits, and all ones where its code is inverted."""
+def _key(e: Emitter, scaled: Value, low: Value, count: Value) -> tuple[Value, Value]:
+    """Bucket of each value, and its lower bits in the upper half."""
     bits = e.bits(scaled, scaled.type.of("i32"))
     magnitude = bits & 0x7FFFFFFF
-    key = e.minimum(e.maximum(magnitude >> 16, low) - low, count - 1)
     sign = e.convert("sext", e.compare("slt", bits, 0), "i32")
-    special = e.compare("eq", magnitude, 0), e.compare("uno", scaled, scaled)
-    sign = e.select(special[0], e.const(bits.type, 0), e.select(special[1], e.const(bits.type, 0), sign))
-    key = e.select(special[0], count + count, key + (sign & count))
-    return e.select(special[1], count + count + 1, key), bits, sign
+    key = e.minimum(e.maximum(magnitude >> 16, low) - low, count - 1) + (sign & count)
+    key = e.select(e.compare("eq", magnitude, 0), count + count, key)
+    key = e.select(e.compare("uno", scaled, scaled), count + count + 1, key)
+    return key, (bits ^ sign) << 16
 
 
 def emit_dequantize(e: Emitter, level: Level, *, dtype: str) -> None:
