@@ -43,14 +43,14 @@ def quantize_blockwise(
         if "dynamic" not in name2qmap:
             name2qmap["dynamic"] = create_dynamic_map()
         code = name2qmap["dynamic"]
-    A = A.detach()  # codes have no gradient, and scales must not keep its graph
+    values = A.detach()  # codes have no gradient, and scales must not keep its graph
     # Copied: tensors that two states share could be neither saved together nor changed apart.
-    code = code.to(A.device, copy=True)
+    code = code.to(values.device, copy=True)
     if out is not None and absmax is not None and not nested:
-        _ops.quantize_blockwise.out(A, code, blocksize, out=out, absmax=absmax)
+        _ops.quantize_blockwise.out(values, code, blocksize, out=out, absmax=absmax)
         codes, scales = out, absmax
     else:
-        codes, scales = _ops.quantize_blockwise(A, code, blocksize)
+        codes, scales = _ops.quantize_blockwise(values, code, blocksize)
         codes, scales = into(out, codes), into(absmax, scales)
     if not nested:
         return codes, QuantState(scales, None, code, blocksize, None, A.dtype)
