@@ -21,9 +21,10 @@ QUANTIZE_ARGUMENTS = (
     "blocks_a_piece",
 )
 """``buckets``: one u32 for each range of values that share the upper half of their fp32 bits: in its own upper half
-what the lower half (turned around for negative values, so that it rises with them) must exceed for the next code, in its
-lowest byte the code up to there. First ``key_count`` for positive values by rising magnitude, then as many for negative
-ones, then one for zero and one for NaN. ``key_low``: upper half of the first; first and last take all beyond."""
+what the lower half (turned around for negative values, so that it rises with them) must exceed for the next code, in
+its lowest byte the code up to there. First ``key_count`` for positive values by rising magnitude, then as many for
+negative ones, then one for zero and one for NaN. ``key_low``: upper half of the first; first and last take all beyond.
+"""
 
 DEQUANTIZE_ARGUMENTS = ("source", "out", "absmax", "code", "numel", "blocks", "blocksize", "blocks_a_piece")
 
