@@ -52,3 +52,18 @@ def test_the_model_folder_holds_bf16_safetensors_and_a_tokenizer(smollm2_dir: Pa
         assert weight.get_shape() == [576, 1536]
         assert weight.get_dtype() == "BF16"
     assert (smollm2_dir / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "no address"])
+def test_a_hub_that_does_not_answer_is_not_asked_for_the_model(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    assert not assets._hub_answers()
+
+
+def test_a_hub_that_answers_but_gives_no_model_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    assert assets._from_hub() is None
+    assert not (cache / "demo" / f"{assets.MODEL_NAME}-hub").exists()

