@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,9 @@ def test_a_hub_that_answers_but_gives_no_model_leaves_nothing(cache: Path, monke
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     assert assets._from_hub() is None
     assert not (cache / "demo" / f"{assets.MODEL_NAME}-hub").exists()
+
+
+def test_looking_for_pip_leaves_torch_compile_its_setuptools() -> None:
+    code = "from halfbyte.demo import assets; assert assets._pip(); import setuptools"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

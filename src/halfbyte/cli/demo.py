@@ -124,7 +124,7 @@ def _print_table(console: Any, name: str, before: Any, after: Any, count: int) -
     from rich.table import Table
 
     table = Table(title=f"{name}, bf16 and 4 bits", title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     table.add_column("bf16")
     table.add_column("NF4")
     table.add_row("weights", f"{before.nbytes / 1e6:.1f} MB", f"{after.nbytes / 1e6:.1f} MB")

@@ -162,11 +162,8 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     requirement = folder / "requirements.txt"
     requirement.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
     order = ["download", "--no-deps", "--require-hashes", "--disable-pip-version-check", "-d", str(folder)]
-    if importlib.util.find_spec("pip") is not None:
-        pip = [sys.executable, "-m", "pip"]
-    elif shutil.which("uv"):
-        pip = ["uv", "tool", "run", "pip"]
-    else:
+    pip = _pip()
+    if pip is None:
         raise DownloadError(
             f"{wheel.name} {wheel.version} cannot be downloaded: neither pip nor uv is here", hint="install pip"
         )
@@ -178,3 +175,12 @@ def _download(wheel: Wheel, folder: Path) -> Path:
             hint=f"check the connection and try: python -m pip download --no-deps {wheel.name}=={wheel.version}",
         )
     return found[0]
+
+
+def _pip() -> list[str] | None:
+    """The command line of pip: this environment's own, else the one that uv runs, else None."""
+    own = [sys.executable, "-m", "pip"]
+    # Asked in a child: merely looking for pip in this process makes setuptools stand back, which breaks torch.compile.
+    if subprocess.run([*own, "--version"], capture_output=True, check=False).returncode == 0:
+        return own
+    return ["uv", "tool", "run", "pip"] if shutil.which("uv") else None
