@@ -10,3 +10,4 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"halfbyte {__version__}"
 myst_heading_anchors = 3
+suppress_warnings = ["myst.header"]  # reports of the doctor are included as it writes them
