@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from types import ModuleType
 
 from halfbyte.integrations.post_import import after_import
 
@@ -35,9 +36,11 @@ def refresh(version: str) -> None:
         clear = getattr(getattr(sys.modules.get(module), name, None), "cache_clear", None)
         if clear is not None:
             clear()
-    diffusers = sys.modules.get("diffusers.utils.import_utils")
-    if diffusers is not None:
-        vars(diffusers).update(_bitsandbytes_available=True, _bitsandbytes_version=version)
+    # diffusers, and transformers before version 5, looked once, at their import.
+    for name in ("diffusers", "transformers"):
+        looked = vars(sys.modules.get(f"{name}.utils.import_utils", ModuleType("none")))
+        if "_bitsandbytes_available" in looked:
+            looked.update(_bitsandbytes_available=True, _bitsandbytes_version=version)
     _renew_globals()
     _renew_peft_layers()
 

@@ -29,7 +29,7 @@ class LayerState(MatmulLtState):
 
     @property
     def _weight(self) -> Int8Params | None:
-        weight = getattr(vars(self).get("_layer"), "weight", None)
+        weight = getattr(self.__dict__.get("_layer"), "weight", None)  # torch 2.8 compiles no vars()
         return weight if isinstance(weight, Int8Params) else None
 
     @property

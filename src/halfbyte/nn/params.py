@@ -19,7 +19,7 @@ from halfbyte.quant_state import QuantState
 
 __all__ = ["Params4bit"]
 
-_SPLITS = frozenset({torch.chunk, torch.split, Tensor.chunk, Tensor.split})
+_SPLITS = (torch.chunk, torch.split, Tensor.chunk, Tensor.split)  # a tuple: torch 2.8 compiles no search in a set
 
 
 class Params4bit(Moves, torch.nn.Parameter):  # pyright: ignore[reportIncompatibleMethodOverride]
