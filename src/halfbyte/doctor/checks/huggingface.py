@@ -14,7 +14,7 @@ from halfbyte.doctor.registry import check
 
 __all__: list[str] = []
 
-OLDEST = {"transformers": (4, 57), "accelerate": (1, 2), "peft": (0, 17)}
+OLDEST = {"transformers": (5, 0), "accelerate": (1, 2), "peft": (0, 17)}
 """What halfbyte's tests cover."""
 
 
@@ -35,7 +35,10 @@ def transformers_version(packages: Packages, installer: Installer) -> Result:
             f"transformers {version} cannot load 4-bit models (a defect of 4.49)", fixes=(fix,), classes=("E2",)
         )
     if versions.number(version) < OLDEST["transformers"]:
-        return Result.warned(f"transformers {version} is older than what halfbyte is tested with (4.57)", fixes=(fix,))
+        tested = ".".join(map(str, OLDEST["transformers"]))
+        return Result.warned(
+            f"transformers {version} is older than what halfbyte is tested with ({tested})", fixes=(fix,)
+        )
     return Result.passed(f"transformers {version}")
 
 
