@@ -56,7 +56,7 @@ class FusedPlan:
         split: Partial products that a second kernel sums.
     """
 
-    __slots__ = ("_bias", "_grid", "_launcher", "_numbers", "_pairs", "_sum", "m", "n", "split")
+    __slots__ = ("_grid", "_launcher", "_numbers", "_pairs", "_sum", "m", "n", "split")
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class FusedPlan:
         nested: bool,
         bias: bool,
     ) -> None:
-        self.m, self.n, self.split, self._bias = m, n, tile.split, bias
+        self.m, self.n, self.split = m, n, tile.split
         aligned = k % blocksize == 0
         pair = 2 if k % 64 == 0 and blocksize >= 64 else 1
         groups = k // (32 * pair)
