@@ -1,0 +1,154 @@
+"""Quantized embedding tables and output heads on a GPU: gathering rows, and logits over whole vocabularies.
+
+Run: ``python benchmarks/gpu_embedding.py [--out FOLDER] [--seconds N]`` from a source folder, on a machine with a GPU,
+with bitsandbytes importable where it should be compared. Results are checked before anything is timed. Times are
+CUDA-graph replays over tables that rotate past the level-2 cache, medians, in microseconds; ``peak`` is the memory that
+a product needed beside its operands and its result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import copies_for, write_csv
+from benchmarks.gpu_4bit import checked, graph_time
+from halfbyte.backends import registry  # noqa: F401 - binds the ops
+
+TABLES = {"SmolLM2": (49152, 576), "Llama-3 8B": (128256, 4096), "Qwen2.5 7B": (152064, 3584)}
+"""Rows and columns of embedding tables and heads."""
+
+BATCHES = (1, 8, 64, 512)
+"""Rows of a head's input."""
+
+TOKENS = (1, 512, 4096)
+"""Rows gathered."""
+
+ops = torch.ops.halfbyte
+
+
+def peak(call: Callable[[], Tensor]) -> int:
+    """Bytes allocated at most during ``call``, beside what it returns."""
+    result = call()
+    torch.cuda.synchronize()
+    kept = result.numel() * result.element_size()
+    del result
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return max(0, torch.cuda.max_memory_allocated() - before - kept)
+
+
+def timed(calls: list[Callable[[], Any]]) -> float | str:
+    """Microseconds of one; the error's name where a call cannot be captured or fails."""
+    try:
+        return round(graph_time(calls), 2)
+    except Exception as error:  # another library's own limit is a result
+        torch.cuda.synchronize()
+        return type(error).__name__
+
+
+def head(model: str, rows: int, columns: int, weights: list[Tensor], packed: list[Any], peer: Any) -> list[Any]:
+    """One row for each batch."""
+    found: list[dict[str, Any]] = []
+    exact = ops.dequantize_4bit(*packed[0], 64, "nf4", [rows, columns], torch.bfloat16)
+    for batch in BATCHES:
+        x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
+        error = checked(ops.gemm_4bit(x, packed[0][0], [rows, columns], packed[0][1], 64, "nf4"), x, exact)
+        extra = peak(lambda x=x: ops.gemm_4bit(x, packed[0][0], [rows, columns], packed[0][1], 64, "nf4"))
+        row = {"case": "head", "model": model, "rows": rows, "columns": columns, "batch": batch, "error": error}
+        row["peak"], row["table_bf16"] = extra, rows * columns * 2
+        row["halfbyte"] = timed(
+            [lambda p=p, x=x: ops.gemm_4bit(x, p[0], [rows, columns], p[1], 64, "nf4") for p in packed]
+        )
+        row["torch_bf16"] = timed([lambda w=w, x=x: F.linear(x, w) for w in weights])
+        row["bitsandbytes"] = "" if peer is None else timed([lambda p=p, x=x: peer.matmul(x, *p) for p in packed])
+        found.append(row)
+        print(" ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
+    return found
+
+
+def gather(model: str, rows: int, columns: int, weights: list[Tensor], packed: list[Any], peer: Any) -> list[Any]:
+    """One row for each number of tokens."""
+    found: list[dict[str, Any]] = []
+    format_ = (64, "nf4", torch.bfloat16)
+    for tokens in TOKENS:
+        ids = torch.randint(0, rows, (tokens,), device="cuda")
+        want = ops.dequantize_4bit(*packed[0], 64, "nf4", [rows, columns], torch.bfloat16)[ids]
+        if not torch.equal(ops.embedding_4bit(ids, packed[0][0], [rows, columns], packed[0][1], *format_), want):
+            raise SystemExit(f"wrong rows, nothing is timed: {model}")
+        calls = [lambda p=p, i=ids: ops.embedding_4bit(i, p[0], [rows, columns], p[1], *format_) for p in packed]
+        row = {"case": "gather", "model": model, "rows": rows, "columns": columns, "batch": tokens, "error": 0.0}
+        row |= {"peak": peak(calls[0]), "table_bf16": rows * columns * 2, "halfbyte": timed(calls)}
+        row["torch_bf16"] = timed([lambda w=w, i=ids: F.embedding(i, w) for w in weights])
+        row["bitsandbytes"] = "" if peer is None else timed([lambda t=t, i=ids: t(i) for t in peer.tables])
+        found.append(row)
+        print(" ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
+    return found
+
+
+class Peer:
+    """bitsandbytes on the same tables."""
+
+    def __init__(self, weights: list[Tensor], packed: list[Any]) -> None:
+        import bitsandbytes
+
+        self._functional, self._matmul = bitsandbytes.functional, bitsandbytes.matmul_4bit
+        self._state = self._functional.quantize_4bit(weights[0], quant_type="nf4")[1]
+        self._states: dict[int, Any] = {}
+        self.tables: list[Any] = []
+        for weight in weights[:2]:
+            table = bitsandbytes.nn.EmbeddingNF4(*weight.shape, dtype=torch.bfloat16)
+            table.weight.data = weight.clone().cpu()
+            self.tables.append(table.to("cuda"))
+        del packed
+
+    def matmul(self, x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
+        """Their product with our codes, which are theirs."""
+        state = self._states.get(absmax.data_ptr())
+        if state is None:
+            own = self._state
+            state = self._functional.QuantState(absmax, own.shape, own.code, own.blocksize, own.quant_type, own.dtype)
+            self._states[absmax.data_ptr()] = state
+        return self._matmul(x, codes.t(), state)
+
+
+def main() -> int:
+    """Measure every table while there is time."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--out", type=Path)
+    words.add_argument("--seconds", type=float, default=60.0)
+    words.add_argument("--head-only", action="store_true")
+    given = words.parse_args()
+    deadline = time.monotonic() + given.seconds
+    found: list[dict[str, Any]] = []
+    for model, (rows, columns) in TABLES.items():
+        if time.monotonic() > deadline:
+            print("out of time before", model, flush=True)
+            break
+        weights = [torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(2)]
+        copies = copies_for(rows * columns // 2)
+        packed = [ops.quantize_4bit(weights[i % 2], 64, "nf4", torch.uint8) for i in range(copies)]
+        peer = Peer(weights, packed) if importlib.util.find_spec("bitsandbytes") else None
+        found += head(model, rows, columns, weights, packed, peer)
+        if not given.head_only:
+            found += gather(model, rows, columns, weights, packed, peer)
+        if given.out:
+            write_csv("gpu_embedding.csv", found, given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

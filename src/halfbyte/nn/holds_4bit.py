@@ -1,0 +1,139 @@
+"""What every module with a 4-bit weight does alike: moving, copying, saving and loading that weight with its scales."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.nn.params import Params4bit
+from halfbyte.ops.arguments import check_packed, check_storage_dtype
+from halfbyte.quant_state import QuantState
+
+__all__ = ["Holds4bit"]
+
+
+class Holds4bit(torch.nn.Module):
+    """Base of modules whose ``weight`` is a Params4bit; stands before torch's own class."""
+
+    weight: Any  # a Params4bit; sharding wrappers put their own parameters here
+    quant_state: QuantState | None
+
+    def _weight_shape(self) -> tuple[int, int]:
+        """Shape of the weight before it was quantized."""
+        raise NotImplementedError
+
+    def _check_others(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse a state dict whose other entries do not fit.
+
+        Raises:
+            CheckpointError: One does not.
+        """
+        del state_dict, prefix
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # torch would copy the data into the old parameter but leave its quant_state where it was.
+        weight = self.weight
+        if not isinstance(weight, Params4bit):
+            super()._apply(fn, recurse)
+            return self
+        self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)
+            self.weight = weight.adopted(fn(weight))
+        except BaseException:
+            self._parameters["weight"] = weight
+            raise
+        self.weight.module = self
+        self.quant_state = self.weight.quant_state
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        weight: Any = self._parameters.get("weight")
+        if not isinstance(weight, Params4bit) and getattr(weight, "quant_state", None) is not None:
+            # bitsandbytes pickles the attributes of a weight but not its class.
+            settings: dict[str, Any] = {**vars(weight), "module": self, "requires_grad": False}
+            self.weight = Params4bit(weight.data, **settings)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        state = getattr(self.weight, "quant_state", None)
+        if state is not None:
+            for key, value in state.as_dict(packed=True).items():
+                destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Takes packed codes with their ``weight.*`` keys, or plain values (quantized if this layer is)."""
+        stats_prefix = f"{prefix}weight."
+        stats = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(stats_prefix)}
+        weight = state_dict.get(f"{prefix}weight")
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        try:
+            if stats and weight is None:
+                raise CheckpointError(f"{stats_prefix}* without {prefix}weight", expected="both")
+            loaded = None if weight is None else self._loadable(weight, stats, assign)
+            self._check_others(state_dict, prefix)
+        except HalfbyteError as error:
+            error_msgs.append(f"{prefix}weight: {error}")
+            # Nothing else of the layer must change either.
+            for name in self._parameters:
+                state_dict.pop(prefix + name, None)
+            return
+        if loaded is not None:
+            del state_dict[f"{prefix}weight"]
+        shown: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, shown, unexpected_keys, error_msgs)
+        missing_keys += [key for key in shown if loaded is None or key != f"{prefix}weight"]
+        if loaded is not None:
+            if assign or not isinstance(self.weight, Params4bit) or not self.weight.takes(loaded):
+                self.weight = loaded
+            self.weight.module = self
+            self.quant_state = loaded.quant_state
+
+    def _loadable(self, weight: Tensor, stats: dict[str, Any], assign: bool) -> Params4bit | None:
+        """The parameter that a state dict's weight becomes; None where torch can copy it as it is."""
+        shape = self._weight_shape()
+        device = weight.device if assign or self.weight.device.type == "meta" else self.weight.device
+        if stats:
+            state = QuantState.from_dict(stats, device)
+            if state.shape != torch.Size(shape):
+                raise CheckpointError(f"a 4-bit weight of shape {tuple(state.shape or ())}", expected=f"{shape}")
+            check_storage_dtype(weight.dtype)
+            check_packed(weight, math.prod(shape))
+            data = weight.detach().to(device)
+            if not assign:  # the layer must not change with the caller's dictionary
+                state, data = copy.deepcopy(state), data.clone()
+            return Params4bit._from_state(data, state, False, None)  # pyright: ignore[reportPrivateUsage]
+        if weight.shape == shape and weight.is_floating_point():
+            if not self.weight.bnb_quantized:
+                return None
+            settings: dict[str, Any] = {
+                **vars(self.weight),
+                "bnb_quantized": False,
+                "quant_state": None,
+                "module": None,
+                "requires_grad": False,
+            }
+            return Params4bit(weight.detach().clone(), **settings).to(device)
+        if weight.shape[1:] == (1,):
+            raise CheckpointError(
+                f"packed 4-bit codes of shape {tuple(weight.shape)} without their weight.* keys",
+                expected="weight.absmax, weight.quant_map and weight.quant_state.* beside the weight",
+                hint="save the whole state dict of the 4-bit layer",
+            )
+        raise CheckpointError(f"weight is {weight.dtype} of shape {tuple(weight.shape)}", expected=f"floats of {shape}")
