@@ -44,6 +44,11 @@ def _gemv(dtype: torch.dtype, **named: Any) -> Call:
     return (torch.randn(1, K, dtype=dtype), B, [N, K], absmax, F.get_4bit_type("nf4", "cpu"), BLOCK), named
 
 
+def _embedding(dtype: torch.dtype, nested: bool) -> Call:
+    B, (absmax, *extra) = packed(nested)
+    return (torch.tensor([[0, N - 1], [3, 3]]), B, [N, K], absmax, BLOCK, "nf4", dtype, *extra), {}
+
+
 def _codes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     code = F.create_dynamic_map()
     codes, absmax = ops.quantize_blockwise(weights(5 * 70).view(5, 70), code, 64)
@@ -85,6 +90,7 @@ CALLS: dict[str, Callable[[torch.dtype], list[Call]]] = {
         _dequantize(d, False, out=torch.zeros(N, K, dtype=d)),
         _dequantize(d, True, out=torch.zeros(N, K, dtype=d)),
     ],
+    "embedding_4bit": lambda d: [_embedding(d, False), _embedding(d, True)],
     "gemm_4bit": lambda d: [_gemm(d, False), _gemm(d, True)],
     "gemm_4bit_dgrad": lambda d: [_dgrad(d, False), _dgrad(d, True)],
     "gemv_4bit": lambda d: [_gemv(d)],
