@@ -16,13 +16,12 @@ import torch
 import triton.language as tl
 
 from halfbyte.backends.triton.kernels.optimizer import _optimizer_kernel
-from halfbyte.backends.triton.optimizer import table_of
+from halfbyte.backends.triton.optimizer import VALUES, plan
 from halfbyte.backends.triton.rules import function_of, source_of
 from halfbyte.rules import rule_named, rule_names
 from tests.backends.triton.compiling import build
 
 CASES = [*rule_names(), "fp16", "blocks of 2048", "random", "skip zeros"]
-NUMBERS = [f"{what}{i}" for what in ("low", "high", "shift") for i in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +40,37 @@ def test_the_interpreted_kernel_agrees_with_the_reference(case: str, differences
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("eight", [True, False])
 @pytest.mark.parametrize("rule", ["adam", "ademamix", "lion", "adopt"])
-def test_the_kernel_compiles(rule: str, eight: bool, target: str) -> None:
+def test_the_kernel_compiles(rule: str, eight: bool, masked: bool, target: str) -> None:
+    nvidia, signed = target.startswith("sm_"), rule_named(rule).signed
     types = {
         "table": "*i64",
-        "tensors": "i32",
+        "owners": "*i32",
         "hyper": "*fp32",
         "seed": "i32",
         **{f"code{i}": "*fp32" for i in range(3)},
-        **{f"ranks{i}": "*i32" for i in range(3)},
-        **dict.fromkeys(NUMBERS, "i32"),
+        **{f"cuts{i}": "*fp32" for i in range(3)},
     }
     constants = {
-        "RULE": function_of(rule),
-        "STATES": len(rule_named(rule).signed),
+        "RULE": function_of(rule, nvidia),
+        "STATES": len(signed),
+        **{f"KIND{i}": (1 if one else 2) for i, one in enumerate((*signed, *[True] * (3 - len(signed))))},
         "COUPLED": rule_named(rule).decay == "coupled",
         "P": tl.bfloat16,
         "G": tl.float32,
         "EIGHT": eight,
+        "MASKED": masked,
         "SKIP_ZEROS": False,
         "RANDOM": True,
-        "BLOCKSIZE": 256 if eight else 1024,
-        "ROWS": 4 if eight else 1,
+        "PTX": nvidia,
+        "BLOCKSIZE": 256 if eight else 2048,
+        "ROWS": 8 if eight else 1,
     }
     built = build(_optimizer_kernel, types, constants, target=target, enable_fp_fusion=False)
-    assert built.registers_spilled <= 16
+    # The masked kernel serves the ends of tensors only.
+    assert built.registers_spilled <= (64 if masked else 16)
 
 
 def test_a_rule_keeps_its_code_and_loses_its_container() -> None:
@@ -75,10 +79,14 @@ def test_a_rule_keeps_its_code_and_loses_its_container() -> None:
     assert "m = beta1 * m + rest1 * g" in source
 
 
-def test_programs_are_counted_tensor_by_tensor() -> None:
-    params = [torch.zeros(1000), torch.zeros(0), torch.zeros(1025)]
-    states = [torch.zeros_like(p) for p in params]
-    words, programs = table_of([0, 2], params, params, states, [], 1, 1024)
-    assert programs == 3
-    assert words[:, 8:].tolist() == [[1000, 0], [1025, 1]]
-    assert words[:, 0].tolist() == [params[0].data_ptr(), params[2].data_ptr()]
+def test_whole_programs_and_the_rest_are_launched_apart() -> None:
+    addresses = (*(16 * word for word in range(1, 6)), 0, 0, 0)
+    odd = (1, *addresses[1:])
+    whole, rest = plan(((addresses, 3 * VALUES), (addresses, 2 * VALUES + 1), (odd, VALUES)), torch.device("cpu"))
+    assert (whole.masked, rest.masked) == (False, True)
+    assert whole.owners.tolist() == [0, 0, 0, 1, 1]
+    assert rest.owners.tolist() == [1, 2]
+    assert whole.table[:, 9].tolist()[:2] == [0, 3]
+    # Its first program is the third of the second tensor.
+    assert rest.table[:, 9].tolist()[1:] == [-2, 1]
+    assert whole.table[1, :9].tolist() == [*addresses, 2 * VALUES + 1]

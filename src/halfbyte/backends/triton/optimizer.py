@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,48 +12,63 @@ import triton.language as tl
 from torch import Tensor
 
 from halfbyte.backends.registry import implements
-from halfbyte.backends.triton.kernels.optimizer import _optimizer_kernel
+from halfbyte.backends.triton.kernels import optimizer as kernels
 from halfbyte.backends.triton.launch import on_device
 from halfbyte.backends.triton.rules import function_of
-from halfbyte.formats import ranks as formats
+from halfbyte.formats.dynamic import dynamic_map
 from halfbyte.rules import rule_named
 
-__all__ = ["optimizer_step_8bit", "optimizer_step_32bit"]
+__all__ = ["Launch", "optimizer_step_8bit", "optimizer_step_32bit", "plan"]
 
-VALUES = 1024
+VALUES = 2048
 """Values of one program."""
 
+WARPS = 4
 BLOCKSIZES = (256, 2048)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+@dataclass(frozen=True)
+class _Map:
+    """A code map on its device: how codes are found, and the midpoint below each."""
+
+    kind: int
+    cuts: Tensor
+
+
 @functools.lru_cache(maxsize=64)
-def _ranks_of(code: bytes, device: torch.device) -> tuple[Tensor, int, int, int] | str:
-    found = formats.ranks(code)
-    if isinstance(found, str):
-        return found
+def _map_of(code: bytes, device: torch.device) -> _Map | str:
+    values = np.frombuffer(code, np.float32)
+    if not np.isfinite(values).all() or (np.diff(values) <= 0).any():
+        return "the code map does not rise from value to value"
+    kind = 0
+    for number, signed in ((1, True), (2, False)):
+        if code == dynamic_map(signed).tobytes():
+            kind = number
+    middle = (values[:-1] + values[1:]) * np.float32(0.5)
+    cuts = np.concatenate([np.asarray([-np.inf], np.float32), middle])
     with torch.inference_mode(False):
-        return torch.from_numpy(found.table.view(np.int32)).to(device), found.low, found.high, found.shift
+        return _Map(kind, torch.from_numpy(cuts).to(device))
 
 
-_maps: dict[tuple[int, int, torch.device], tuple[Tensor, tuple[Tensor, int, int, int] | str]] = {}
+_maps: dict[tuple[int, int, torch.device], tuple[Tensor, _Map | str]] = {}
 
 
-def _ranks(code: Tensor) -> tuple[Tensor, int, int, int] | str:
-    """Rank table of a map; its bytes are read from the device once, when the map is first seen."""
+def _find(code: Tensor) -> _Map | str:
+    """What is known of a map; its bytes are read from the device once, when the map is first seen."""
     key = (code.data_ptr(), code._version, code.device)
     if key not in _maps:
         if len(_maps) > 64:
             _maps.clear()
         # The map is kept, so that its address stays its own.
-        _maps[key] = (code, _ranks_of(code.detach().cpu().contiguous().numpy().tobytes(), code.device))
+        _maps[key] = (code, _map_of(code.detach().cpu().contiguous().numpy().tobytes(), code.device))
     return _maps[key][1]
 
 
 def _declines(params: list[Tensor], tensors: list[Tensor]) -> str | None:
     if any(not tensor.is_contiguous() for tensor in tensors):
         return "a tensor is not contiguous"
-    if len({(p.device) for p in params}) > 1:
+    if len({p.device for p in params}) > 1:
         return "parameters on several devices"
     return None
 
@@ -77,7 +93,7 @@ def _declines_8bit(
     if blocksize not in BLOCKSIZES:
         return f"blocksize {blocksize} is not {' or '.join(map(str, BLOCKSIZES))}"
     for code in maps:
-        found = _ranks(code)
+        found = _find(code)
         if isinstance(found, str):
             return found
     return _declines(params, [*params, *grads, *states, *absmax])
@@ -92,33 +108,63 @@ def _groups(params: list[Tensor], grads: list[Tensor]) -> dict[tuple[torch.dtype
     return found
 
 
-def table_of(
+@dataclass(frozen=True)
+class Launch:
+    """One launch of the kernel.
+
+    Attributes:
+        masked: Whether it is for odd addresses and short ends, or for whole programs at addresses that divide by 16.
+        table: Words of every tensor, int64 ``(tensors, 10)``.
+        owners: Tensor of each program, int32.
+    """
+
+    masked: bool
+    table: Tensor
+    owners: Tensor
+
+
+Row = tuple[tuple[int, ...], int]
+"""Eight addresses of a tensor, and its number of values."""
+
+
+@functools.lru_cache(maxsize=32)
+def plan(rows: tuple[Row, ...], device: torch.device) -> tuple[Launch, ...]:
+    """The launches that step these tensors: whole programs, then what is left.
+
+    Kept: a step with the same tensors copies nothing to the device, so that it can be captured in a graph.
+    """
+    values = np.asarray([numel for _, numel in rows], np.int64)
+    odd = np.asarray([any(address % 16 for address in addresses[:5]) for addresses, _ in rows])
+    whole = np.where(odd, 0, values // VALUES)
+    launches: list[Launch] = []
+    for masked, counts, before in ((False, whole, 0 * whole), (True, -(-values // VALUES) - whole, whole)):
+        if not counts.any():
+            continue
+        # A tensor's first program here steps what lies behind the programs before.
+        first = np.cumsum(counts) - counts - before
+        table = np.column_stack([np.asarray([addresses for addresses, _ in rows], np.int64), values, first])
+        owners = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+        with torch.inference_mode(False):
+            launches.append(Launch(masked, torch.from_numpy(table).to(device), torch.from_numpy(owners).to(device)))
+    return tuple(launches)
+
+
+def _rows(
     places: list[int],
     params: list[Tensor],
     grads: list[Tensor],
     states: list[Tensor],
     absmax: list[Tensor],
     count: int,
-    values: int,
-) -> tuple[Tensor, int]:
-    """Words of every tensor, int64 ``(tensors, 10)`` on their device; programs, each of ``values`` values."""
-    rows: list[tuple[int, ...]] = []
-    programs = 0
+) -> tuple[Row, ...]:
+    rows: list[Row] = []
+    rest = (0,) * (3 - count)
     for place in places:
         own = [state.data_ptr() for state in states[count * place : count * (place + 1)]]
-        scales = [scale.data_ptr() for scale in absmax[count * place : count * (place + 1)]]
-        numel = params[place].numel()
-        addresses = [*own, *[0] * (3 - count), *scales, *[0] * (3 - len(scales))]
-        rows.append((params[place].data_ptr(), grads[place].data_ptr(), *addresses, numel, programs))
-        programs += -(-numel // values)
-    return _words(tuple(rows), params[0].device), programs
-
-
-@functools.lru_cache(maxsize=32)
-def _words(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    # Kept: a step with the same tensors copies nothing to the device, so that it can be captured in a graph.
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int64).to(device)
+        scales = [scale.data_ptr() for scale in absmax[count * place : count * (place + 1)]] or [0] * count
+        p = params[place]
+        rows.append(((p.data_ptr(), grads[place].data_ptr(), *own, *rest, *scales, *rest), p.numel()))
+    return tuple(rows)
 
 
 def _launch(
@@ -133,45 +179,43 @@ def _launch(
     skip_zeros: bool,
     seed: int,
 ) -> None:
-    kernel: Any = _optimizer_kernel
+    kernel: Any = kernels._optimizer_kernel
     rule = rule_named(name)
     count, device = len(rule.signed), params[0].device
-    rows = max(1, VALUES // blocksize)
-    tables: list[tuple[Tensor, int, int, int]] = []
-    for code in maps:
-        found = _ranks(code)
-        if not isinstance(found, str):
-            tables.append(found)
-    codes = [code.contiguous() for code in maps]
+    found = [one for one in map(_find, maps) if not isinstance(one, str)]
+    kinds = [one.kind for one in found] + [0] * (3 - len(maps))
+    ptx = device.type == "cuda" and torch.version.hip is None
     with on_device(device.index):
         numbers = hyper.to(device, non_blocking=True)
-        codes += [numbers] * (3 - len(codes))
-        tables += [(numbers, 0, 0, 1)] * (3 - len(tables))
+        unused = [numbers] * (3 - len(maps))
+        codes, cuts = [code.contiguous() for code in maps] + unused, [one.cuts for one in found] + unused
         for (p, g), places in _groups(params, grads).items():
-            words, programs = table_of(places, params, grads, states, absmax, count, rows * blocksize)
-            kernel[(programs,)](
-                words,
-                len(places),
-                numbers,
-                max(seed, 0),
-                *codes,
-                *(table for table, _, _, _ in tables),
-                *(low for _, low, _, _ in tables),
-                *(high for _, _, high, _ in tables),
-                *(shift for _, _, _, shift in tables),
-                RULE=function_of(rule.name),
-                STATES=count,
-                COUPLED=rule.decay == "coupled",
-                P=TYPES[p],
-                G=TYPES[g],
-                EIGHT=bool(maps),
-                SKIP_ZEROS=skip_zeros,
-                RANDOM=seed >= 0 and p == torch.bfloat16,
-                BLOCKSIZE=blocksize,
-                ROWS=rows,
-                num_warps=4 if blocksize <= VALUES else 8,
-                enable_fp_fusion=False,
-            )
+            for launch in plan(_rows(places, params, grads, states, absmax, count), device):
+                kernel[(launch.owners.numel(),)](
+                    launch.table,
+                    launch.owners,
+                    numbers,
+                    max(seed, 0),
+                    *codes,
+                    *cuts,
+                    RULE=function_of(rule.name, ptx),
+                    STATES=count,
+                    COUPLED=rule.decay == "coupled",
+                    P=TYPES[p],
+                    G=TYPES[g],
+                    KIND0=kinds[0],
+                    KIND1=kinds[1],
+                    KIND2=kinds[2],
+                    EIGHT=bool(maps),
+                    MASKED=launch.masked,
+                    SKIP_ZEROS=skip_zeros,
+                    RANDOM=seed >= 0 and p == torch.bfloat16,
+                    PTX=ptx,
+                    BLOCKSIZE=blocksize,
+                    ROWS=VALUES // blocksize,
+                    num_warps=WARPS,
+                    enable_fp_fusion=False,
+                )
 
 
 @implements("triton", "optimizer_step_32bit", declines=_declines_32bit)

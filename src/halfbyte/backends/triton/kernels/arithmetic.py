@@ -3,13 +3,19 @@
 import triton
 import triton.language as tl
 
-__all__ = ["maximum", "minimum", "sqrt", "where"]
+__all__ = ["divide", "maximum", "minimum", "sqrt", "where"]
 
 
 @triton.jit
 def sqrt(x):
     """Correctly rounded."""
     return tl.sqrt_rn(x)
+
+
+@triton.jit
+def divide(x, y):
+    """``x / y``."""
+    return x / y
 
 
 @triton.jit

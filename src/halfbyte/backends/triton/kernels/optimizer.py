@@ -1,34 +1,69 @@
-"""Optimizer steps over many tensors in one launch: a table of addresses says which tensor a program works on."""
+"""Optimizer steps over many tensors in one launch: a table of addresses says which tensor a program works on.
+
+Where the code map is one of the dynamic ones, a code is found by arithmetic. The ranks of such a map's cells are a
+piecewise linear, concave function of the magnitude: one line a decade, the least of which is it. Half precision is
+enough to come within one of the code, and a comparison with one midpoint decides.
+"""
+
+import struct
 
 import triton
 import triton.language as tl
 
-__all__ = ["COLUMNS", "_optimizer_kernel"]
+__all__ = ["ANY", "COLUMNS", "SIGNED", "UNSIGNED", "_optimizer_kernel"]
 
 COLUMNS = tl.constexpr(10)
 """Words a tensor in ``table``: parameter, gradient, three states, three absmax, elements, first program."""
 
+ANY, SIGNED, UNSIGNED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Kinds of code maps: rising, the signed dynamic one, the unsigned one."""
+
 _TINY = tl.constexpr(2.0**-100)
 _BOOST = tl.constexpr(2.0**100)
-_INFINITY = tl.constexpr(0x7F800000)
+_LARGEST = tl.constexpr(2.0**126)
+_INFINITY = tl.constexpr(float("inf"))
+
+_DECADES = 7
+_REACH = 2.0**15
+"""Magnitudes are at most 1; half precision holds them times this, and 1e-7 of it well."""
 
 
-@triton.jit
-def _finite(x):
-    return (x.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < _INFINITY
+def _lines(signed):
+    """Slope and height, by decade, of the rank of a magnitude's cell, from 1 (2 for the unsigned map) at 1e-7."""
+    cells = 1 if signed else 2
+    return [(cells * 0.2**decade * 1e6 / 0.9, cells * 2**decade * 8 / 9) for decade in range(_DECADES)]
 
 
-@triton.jit
-def _tensor_of(table, tensors, program):
-    """Number of the last tensor whose first program is not behind this one."""
-    low = 0
-    high = tensors
-    while high - low > 1:
-        middle = (low + high) // 2
-        before = tl.load(table + middle * COLUMNS + 9) <= program
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return low
+def _half(value):
+    return f"0x{struct.unpack('<H', struct.pack('<e', value))[0] * 0x10001:08X}"
+
+
+def _assembly(signed):
+    """PTX that guesses the codes of two values at once, each right or one too high."""
+    height = 0.5 if signed else 1.0
+    text = [
+        "{ .reg .b32 x, a, n, t, s, c, d;",
+        f"cvt.rn.f16x2.f32 x, $3, $2; mov.b32 c, {_half(_REACH)}; mul.rn.f16x2 x, x, c;",
+        "and.b32 a, x, 0x7FFF7FFF; and.b32 s, x, 0x80008000;" if signed else "mov.b32 a, x;",
+    ]
+    for decade, (slope, start) in enumerate(_lines(signed)):
+        to = "t" if decade else "n"
+        text.append(f"mov.b32 c, {_half(slope / _REACH)}; mov.b32 d, {_half(start - height)};")
+        text.append(f"fma.rn.f16x2 {to}, a, c, d;")
+        if decade:
+            text.append("min.f16x2 n, n, t;")
+    if signed:
+        text.append(f"xor.b32 n, n, s; mov.b32 c, {_half(127.5)}; add.rn.f16x2 n, n, c;")
+    # From 1024 on, halves are integers, and the low byte of their bits counts them.
+    text.append(f"mov.b32 c, {_half(1024.0)}; add.rn.f16x2 n, n, c;")
+    text.append("and.b32 $0, n, 0xFF; bfe.u32 $1, n, 16, 8; }")
+    return "\n".join(text)
+
+
+_SIGNED_PTX = tl.constexpr(_assembly(True))
+_UNSIGNED_PTX = tl.constexpr(_assembly(False))
+_SLOPES = tl.constexpr([slope for slope, _ in _lines(True)])
+_HEIGHTS = tl.constexpr([height for _, height in _lines(True)])
 
 
 @triton.jit
@@ -41,74 +76,144 @@ def _random(element, seed):
 
 
 @triton.jit
-def _decode(codes, absmax, code, place, inside, block, has_block):
-    value = tl.load(code + tl.load(codes + place, mask=inside, other=0).to(tl.int32))
-    scale = tl.load(absmax + block, mask=has_block, other=0.0)
-    return tl.where(inside, value * scale[:, None], 0.0)
+def _entries(table, index, ROWS: tl.constexpr, BLOCKSIZE: tl.constexpr):
+    """Entries of a table of 256 fp32, through shared memory."""
+    whole = tl.load(table + tl.arange(0, 256))
+    return tl.gather(whole, index.reshape(ROWS * BLOCKSIZE), 0).reshape(ROWS, BLOCKSIZE)
 
 
 @triton.jit
-def _encode(value, codes, absmax, ranks, low, high, shift, place, inside, block, has_block):
-    """Nearest codes by one table entry each (``formats/ranks.py``), and the block's scale."""
-    bits = tl.where(inside, value, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    largest = tl.max(bits, axis=1).to(tl.float32, bitcast=True)
-    boost = tl.where(largest < _TINY, _BOOST, 1.0)
-    reciprocal = tl.where(largest == 0, 0.0, tl.div_rn(1.0, largest * boost))
-    scaled = ((value * boost[:, None]) * reciprocal[:, None]).to(tl.int32, bitcast=True)
-    rising = tl.where(scaled < 0, scaled ^ 0x7FFFFFFF, scaled)
-    key = tl.minimum(tl.maximum(rising >> shift, low), high) - low
-    entry = tl.load(ranks + key)
-    cut = (entry >> 8) & 0xFFFFFF
-    above = (rising & ((1 << shift) - 1)) > cut
-    tl.store(codes + place, ((entry & 0xFF) + above.to(tl.int32)).to(tl.uint8), mask=inside)
-    tl.store(absmax + block, largest, mask=has_block)
+def _guess(x, KIND: tl.constexpr, PTX: tl.constexpr):
+    """The code of a value of [-1, 1] in a dynamic map, or one more."""
+    if PTX and KIND == SIGNED:
+        return tl.inline_asm_elementwise(_SIGNED_PTX, "=r,=r,r,r", [x], dtype=tl.int32, is_pure=True, pack=2)
+    elif PTX:
+        return tl.inline_asm_elementwise(_UNSIGNED_PTX, "=r,=r,r,r", [x], dtype=tl.int32, is_pure=True, pack=2)
+    else:
+        magnitude = tl.abs(x)
+        n = magnitude * _SLOPES[0] + _HEIGHTS[0]
+        for decade in tl.static_range(1, 7):
+            n = tl.minimum(n, magnitude * _SLOPES[decade] + _HEIGHTS[decade])
+        if KIND == SIGNED:
+            n = tl.where(x < 0.0, 0.5 - n, n - 0.5) + 128.0
+        else:
+            n = 2.0 * n - 0.5
+        return n.to(tl.int32)
 
 
 @triton.jit
-def _optimizer_kernel(
-    table, tensors, hyper, seed,
-    code0, code1, code2, ranks0, ranks1, ranks2, low0, low1, low2, high0, high1, high2, shift0, shift1, shift2,
-    RULE: tl.constexpr, STATES: tl.constexpr, COUPLED: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
-    EIGHT: tl.constexpr, SKIP_ZEROS: tl.constexpr, RANDOM: tl.constexpr, BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr,
+def _encode(
+    value, codes, absmax, cuts, place, inside, block, has_block,
+    KIND: tl.constexpr, MASKED: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, BLOCKSIZE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS blocks of BLOCKSIZE values of one tensor. P and G: dtypes of parameter and gradient."""
+    """Nearest codes and the block's scale. ``cuts``: entry ``i`` is the midpoint below code ``i``."""
+    if MASKED:
+        value = tl.where(inside, value, 0.0)
+    largest = tl.max(tl.abs(value), axis=1)
+    boost = tl.where(largest < _TINY, _BOOST, 1.0)
+    reciprocal = tl.where(largest == 0.0, 0.0, tl.div_rn(1.0, largest * boost))
+    # One product, the same to the bit unless the absmax is subnormal: then the factor would overflow.
+    scaled = value * tl.minimum(boost * reciprocal, _LARGEST)[:, None]
+    if KIND == ANY:
+        code = tl.zeros_like(scaled).to(tl.int32)
+        for step in tl.static_range(8):
+            higher = code + (128 >> step)
+            code = tl.where(scaled > _entries(cuts, higher, ROWS, BLOCKSIZE), higher, code)
+    else:
+        code = _guess(scaled, KIND, PTX)
+        code -= (scaled <= _entries(cuts, code, ROWS, BLOCKSIZE)).to(tl.int32)
+    if MASKED:
+        tl.store(codes + place, code.to(tl.uint8), mask=inside)
+        tl.store(absmax + block, largest, mask=has_block)
+    else:
+        tl.store(codes + place, code.to(tl.uint8))
+        tl.store(absmax + block, largest)
+
+
+@triton.jit
+def _at(word, TYPE: tl.constexpr, MASKED: tl.constexpr):
+    """The address in a word of the table; divisible by 16 where whole blocks are stepped."""
+    if MASKED:
+        return tl.load(word).to(tl.pointer_type(TYPE))
+    else:
+        return tl.multiple_of(tl.load(word).to(tl.pointer_type(TYPE)), 16)
+
+
+@triton.jit
+def _read(pointer, inside, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer, mask=inside, other=0)
+    else:
+        return tl.load(pointer)
+
+
+@triton.jit
+def _write(pointer, value, inside, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer, value, mask=inside)
+    else:
+        tl.store(pointer, value)
+
+
+@triton.jit
+def _decode(
+    codes, absmax, code, place, inside, block, has_block,
+    MASKED: tl.constexpr, ROWS: tl.constexpr, BLOCKSIZE: tl.constexpr,
+):  # fmt: skip
+    index = _read(codes + place, inside, MASKED).to(tl.int32)
+    scale = _read(absmax + block, has_block, MASKED)
+    value = _entries(code, index, ROWS, BLOCKSIZE) * scale[:, None]
+    if MASKED:
+        value = tl.where(inside, value, 0.0)
+    return value
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _optimizer_kernel(
+    table, owners, hyper, seed, code0, code1, code2, cuts0, cuts1, cuts2,
+    RULE: tl.constexpr, STATES: tl.constexpr, COUPLED: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
+    KIND0: tl.constexpr, KIND1: tl.constexpr, KIND2: tl.constexpr, EIGHT: tl.constexpr, MASKED: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr, RANDOM: tl.constexpr, PTX: tl.constexpr, BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS blocks of BLOCKSIZE values of one tensor: which one, ``owners`` says by program.
+
+    P and G: dtypes of parameter and gradient. MASKED: addresses may be odd, and the last block short. PTX: for NVIDIA.
+    """
     program = tl.program_id(0).to(tl.int64)
-    words = table + _tensor_of(table, tensors, program) * COLUMNS
-    numel = tl.load(words + 8)
+    words = table + tl.load(owners + program) * COLUMNS
     row = (program - tl.load(words + 9)) * ROWS + tl.arange(0, ROWS)
     place = row[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    numel = tl.load(words + 8)
     inside = place < numel
     has_block = row * BLOCKSIZE < numel
-    param = tl.load(words).to(tl.pointer_type(P))
-    grad = tl.load(words + 1).to(tl.pointer_type(G))
-    p = tl.load(param + place, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
+    param = _at(words, P, MASKED)
+    grad = _at(words + 1, G, MASKED)
+    p = _read(param + place, inside, MASKED).to(tl.float32)
+    g = _read(grad + place, inside, MASKED).to(tl.float32)
 
+    S: tl.constexpr = tl.uint8 if EIGHT else tl.float32
+    s0 = _at(words + 2, S, MASKED)
+    s1 = _at(words + 3, S, MASKED)
+    s2 = _at(words + 4, S, MASKED)
+    a0 = tl.load(words + 5).to(tl.pointer_type(tl.float32))
+    a1 = tl.load(words + 6).to(tl.pointer_type(tl.float32))
+    a2 = tl.load(words + 7).to(tl.pointer_type(tl.float32))
     if EIGHT:
-        s0 = tl.load(words + 2).to(tl.pointer_type(tl.uint8))
-        s1 = tl.load(words + 3).to(tl.pointer_type(tl.uint8))
-        s2 = tl.load(words + 4).to(tl.pointer_type(tl.uint8))
-        a0 = tl.load(words + 5).to(tl.pointer_type(tl.float32))
-        a1 = tl.load(words + 6).to(tl.pointer_type(tl.float32))
-        a2 = tl.load(words + 7).to(tl.pointer_type(tl.float32))
-        m0 = _decode(s0, a0, code0, place, inside, row, has_block)
+        m0 = _decode(s0, a0, code0, place, inside, row, has_block, MASKED, ROWS, BLOCKSIZE)
         m1 = m0
         m2 = m0
         if STATES > 1:
-            m1 = _decode(s1, a1, code1, place, inside, row, has_block)
+            m1 = _decode(s1, a1, code1, place, inside, row, has_block, MASKED, ROWS, BLOCKSIZE)
         if STATES > 2:
-            m2 = _decode(s2, a2, code2, place, inside, row, has_block)
+            m2 = _decode(s2, a2, code2, place, inside, row, has_block, MASKED, ROWS, BLOCKSIZE)
     else:
-        s0 = tl.load(words + 2).to(tl.pointer_type(tl.float32))
-        s1 = tl.load(words + 3).to(tl.pointer_type(tl.float32))
-        s2 = tl.load(words + 4).to(tl.pointer_type(tl.float32))
-        m0 = tl.load(s0 + place, mask=inside, other=0.0)
+        m0 = _read(s0 + place, inside, MASKED)
         m1 = m0
         m2 = m0
         if STATES > 1:
-            m1 = tl.load(s1 + place, mask=inside, other=0.0)
+            m1 = _read(s1 + place, inside, MASKED)
         if STATES > 2:
-            m2 = tl.load(s2 + place, mask=inside, other=0.0)
+            m2 = _read(s2 + place, inside, MASKED)
 
     lr = tl.load(hyper)
     beta1 = tl.load(hyper + 1)
@@ -151,7 +256,11 @@ def _optimizer_kernel(
     if not COUPLED:
         decayed = tl.where(decay > 0.0, p - (lr * decay) * p, p)
     stepped = decayed - lr * update
-    ok = _finite(update) & _finite(n0) & _finite(n1) & _finite(n2)
+    ok = (tl.abs(update) < _INFINITY) & (tl.abs(n0) < _INFINITY)
+    if STATES > 1:
+        ok = ok & (tl.abs(n1) < _INFINITY)
+    if STATES > 2:
+        ok = ok & (tl.abs(n2) < _INFINITY)
     if SKIP_ZEROS:
         ok = ok & active
     stepped = tl.where(ok, stepped, p)
@@ -162,17 +271,17 @@ def _optimizer_kernel(
     if RANDOM:
         bits = stepped.to(tl.int32, bitcast=True)
         up = (bits + _random(place, seed)) & -65536
-        stepped = tl.where(_finite(stepped), up.to(tl.float32, bitcast=True), stepped)
-    tl.store(param + place, stepped.to(P), mask=inside)
+        stepped = tl.where(tl.abs(stepped) < _INFINITY, up.to(tl.float32, bitcast=True), stepped)
+    _write(param + place, stepped.to(P), inside, MASKED)
     if EIGHT:
-        _encode(n0, s0, a0, ranks0, low0, high0, shift0, place, inside, row, has_block)
+        _encode(n0, s0, a0, cuts0, place, inside, row, has_block, KIND0, MASKED, PTX, ROWS, BLOCKSIZE)
         if STATES > 1:
-            _encode(n1, s1, a1, ranks1, low1, high1, shift1, place, inside, row, has_block)
+            _encode(n1, s1, a1, cuts1, place, inside, row, has_block, KIND1, MASKED, PTX, ROWS, BLOCKSIZE)
         if STATES > 2:
-            _encode(n2, s2, a2, ranks2, low2, high2, shift2, place, inside, row, has_block)
+            _encode(n2, s2, a2, cuts2, place, inside, row, has_block, KIND2, MASKED, PTX, ROWS, BLOCKSIZE)
     else:
-        tl.store(s0 + place, n0, mask=inside)
+        _write(s0 + place, n0, inside, MASKED)
         if STATES > 1:
-            tl.store(s1 + place, n1, mask=inside)
+            _write(s1 + place, n1, inside, MASKED)
         if STATES > 2:
-            tl.store(s2 + place, n2, mask=inside)
+            _write(s2 + place, n2, inside, MASKED)
