@@ -1,0 +1,82 @@
+"""Products with many experts on a GPU, against the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.backends.reference import grouped as reference
+from halfbyte.functional import kernel_scales, quantize_4bit
+
+pytestmark = pytest.mark.gpu
+
+ops = torch.ops.halfbyte
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
+"""Relative error of a product (norm over norm): fp32 sums in another order; 16-bit weights and results are rounded."""
+
+
+def case(count: int, n: int, k: int, *, nested: bool = False, blocksize: int = 64, dtype: Any = torch.bfloat16) -> Any:
+    weight = torch.randn(count, n, k, device="cuda", dtype=dtype) * 0.05
+    packed, state = quantize_4bit(weight, quant_type="nf4", compress_statistics=nested, blocksize=blocksize)
+    return packed, kernel_scales(state)
+
+
+def close(result: torch.Tensor, exact: torch.Tensor) -> bool:
+    error = (result.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-30)
+    return error.item() <= TOLERANCE[result.dtype]
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 500, 5000])
+@pytest.mark.parametrize("count", [1, 8, 128, 300])
+def test_rows_are_grouped_as_in_the_reference(rows: int, count: int) -> None:
+    experts = torch.randint(-1, count + 2, (rows,), device="cuda")
+    for result, exact in zip(ops.group_rows(experts, count), reference.group_rows(experts, count), strict=True):
+        assert torch.equal(result, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7, 90])
+def test_the_grouped_product_is_the_references(dtype: Any, transposed: bool, nested: bool, tokens: int) -> None:
+    count, n, k = 6, 256, 512
+    packed, scales = case(count, n, k, nested=nested, dtype=dtype)
+    x = torch.randn(tokens, n if transposed else k, device="cuda", dtype=dtype)
+    bias = torch.randn(count, k if transposed else n, device="cuda", dtype=dtype)
+    order, ends = ops.group_rows(torch.randint(0, count + 1, (tokens, 3), device="cuda"), count)
+    arguments = (x, packed, [count, n, k], order, ends, scales[0], 64, "nf4", transposed, bias, *scales[1:])
+    assert close(ops.gemm_4bit_grouped(*arguments), reference.gemm_4bit_grouped(*arguments))
+
+
+@pytest.mark.parametrize("shape", [(3, 72, 192), (4, 100, 128), (2, 64, 96), (5, 33, 64), (2, 1000, 4096)])
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
+def test_odd_shapes_and_blocks_are_right_too(shape: tuple[int, int, int], blocksize: int) -> None:
+    if shape[1] * shape[2] % blocksize:
+        pytest.skip("experts of part blocks")
+    packed, scales = case(*shape, blocksize=blocksize)
+    x = torch.randn(40, shape[2], device="cuda", dtype=torch.bfloat16)
+    order, ends = ops.group_rows(torch.randint(0, shape[0], (40, 2), device="cuda"), shape[0])
+    arguments = (x, packed, list(shape), order, ends, scales[0], blocksize, "nf4")
+    assert close(ops.gemm_4bit_grouped(*arguments), reference.gemm_4bit_grouped(*arguments))
+
+
+def test_a_graph_follows_another_routing() -> None:
+    count, n, k = 8, 128, 256
+    packed, scales = case(count, n, k)
+    x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
+    experts = torch.randint(0, count, (16, 2), device="cuda")
+
+    def call() -> torch.Tensor:
+        order, ends = ops.group_rows(experts, count)
+        return ops.gemm_4bit_grouped(x, packed, [count, n, k], order, ends, scales[0], 64, "nf4")
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    experts.copy_(torch.randint(0, count, (16, 2), device="cuda"))
+    graph.replay()
+    assert torch.equal(out, call())
