@@ -144,15 +144,16 @@ PLAIN = {
     ),
     "cells_8bit": (
         quantize_kernels._cells_8bit_kernel,
-        {"code": "*fp32", "cells": "*i64", "widest": "*i32"},
+        {"code": "*fp32", "signed": "*fp32", "unsigned": "*fp32", "cells": "*i64", "widest": "*i32", "cuts": "*fp32",
+         "kind": "*i32"},
         {"BLOCK": 64},
         (),
     ),
     "quantize_blockwise": (
         quantize_kernels._quantize_blockwise_kernel,
         {"values": "*fp32", "codes": "*u8", "absmax": "*fp32", "code": "*fp32", "cells": "*i64", "widest": "*i32",
-         "blocksize": "i32", "numel": "i64"},
-        {"WIDTH": 256, "ROWS": 8, "PROGRAMS": 64},
+         "cuts": "*fp32", "kind": "*i32", "blocksize": "i32", "numel": "i64"},
+        {"WIDTH": 256, "ROWS": 8, "PROGRAMS": 64, "PTX": False},
         ("blocksize", "numel"),
     ),
     "gemm_portable": (

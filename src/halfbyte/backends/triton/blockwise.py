@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.backends.registry import implements
+from halfbyte.backends.triton.device import dynamic_maps_of
 from halfbyte.backends.triton.kernels.dequantize import _dequantize_blockwise_kernel
 from halfbyte.backends.triton.kernels.quantize import _cells_8bit_kernel, _quantize_blockwise_kernel
 from halfbyte.backends.triton.launch import on_device, start
@@ -42,7 +43,13 @@ def _quantize(values: Tensor, code: Tensor, blocksize: int, codes: Tensor, absma
     with on_device(values.device.index):
         cells = torch.empty(CELLS, dtype=torch.int64, device=values.device)
         widest = torch.empty(PROGRAMS, dtype=torch.int32, device=values.device)
-        start(_cells_8bit_kernel, (PROGRAMS,), code, cells, widest, CELLS // PROGRAMS, num_warps=4)
+        cuts = torch.empty(256, dtype=torch.float32, device=values.device)
+        kind = torch.empty(1, dtype=torch.int32, device=values.device)
+        signed, unsigned = dynamic_maps_of(values.device.index)
+        start(
+            _cells_8bit_kernel, (PROGRAMS,), code, signed, unsigned, cells, widest, cuts, kind, CELLS // PROGRAMS,
+            num_warps=4,
+        )  # fmt: skip
         start(
             _quantize_blockwise_kernel,
             (-(-numel // (rows * blocksize)),),
@@ -52,11 +59,14 @@ def _quantize(values: Tensor, code: Tensor, blocksize: int, codes: Tensor, absma
             code,
             cells,
             widest,
+            cuts,
+            kind,
             blocksize,
             numel,
             width,
             rows,
             PROGRAMS,
+            torch.version.hip is None,
             num_warps=4 if rows * width <= 4096 else 8,
             enable_fp_fusion=False,
         )

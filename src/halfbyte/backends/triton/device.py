@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats.codebook import Codebook, codebook
+from halfbyte.formats.dynamic import dynamic_map
 
 __all__ = [
     "CELLS_4BIT",
@@ -18,6 +19,7 @@ __all__ = [
     "Gpu",
     "cell_table_of",
     "cells_of",
+    "dynamic_maps_of",
     "gpu_of",
     "levels_of",
     "pairs_of",
@@ -111,6 +113,12 @@ def pairs_of(name: str, index: int) -> Tensor:
     byte = np.arange(256)
     pairs = np.stack([table[byte >> 4], table[byte & 15]], axis=1).astype("<f4")
     return _constant(np.ascontiguousarray(pairs).view("<i8").reshape(256), index)
+
+
+@functools.lru_cache(maxsize=64)
+def dynamic_maps_of(index: int) -> tuple[Tensor, Tensor]:
+    """The signed and the unsigned dynamic map, fp32 ``(256,)`` each, on that GPU."""
+    return _constant(dynamic_map(), index), _constant(dynamic_map(signed=False), index)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ comparison with the exact fp32 midpoint decides: the result is that of a search 
 import triton
 import triton.language as tl
 
+from halfbyte.backends.triton.kernels.optimizer import SIGNED, UNSIGNED, _guess
+
 __all__ = ["_cells_8bit_kernel", "_quantize_4bit_kernel", "_quantize_blockwise_kernel"]
 
 _TINY = tl.constexpr(2.0**-100)
@@ -67,13 +69,27 @@ def _quantize_4bit_kernel(
 
 
 @triton.jit
-def _cells_8bit_kernel(code, cells, widest, BLOCK: tl.constexpr):
+def _cells_8bit_kernel(code, signed, unsigned, cells, widest, cuts, kind, BLOCK: tl.constexpr):
     """For every cell of fp32 bits (sign, exponent from 2**-24 to 2**0, 6 bits of mantissa): ranks of its ends.
 
     ``cells[c] = bits | (low | high << 8) << 32``: midpoints strictly below the cell's least and greatest value, and the
     fp32 bits of the midpoint that halves what lies between; ``widest[program]``: the greatest ``high - low`` of the
     program's cells. Cell 0 of a sign reaches down to zero, the last one to infinity.
+
+    The first program also writes ``cuts``, the midpoint below every code (NaN below the first), and ``kind``: 1 if
+    ``code`` is ``signed`` to the bit, 2 if it is ``unsigned``, else 0.
     """
+    if tl.program_id(0) == 0:
+        all_codes = tl.arange(0, 256)
+        level = tl.load(code + all_codes)
+        below = (tl.load(code + tl.maximum(all_codes - 1, 0)) + level) * 0.5
+        tl.store(cuts + all_codes, tl.where(all_codes == 0, float("nan"), below))
+        bits = level.to(tl.int32, bitcast=True)
+        other = tl.load(signed + all_codes).to(tl.int32, bitcast=True) ^ bits
+        differs = tl.max((other != 0).to(tl.int32), axis=0)
+        other = tl.load(unsigned + all_codes).to(tl.int32, bitcast=True) ^ bits
+        differs_unsigned = tl.max((other != 0).to(tl.int32), axis=0)
+        tl.store(kind, tl.where(differs == 0, 1, tl.where(differs_unsigned == 0, 2, 0)))
     cell = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     magnitude = cell & 2047
     low_bits = tl.where(magnitude == 0, 0, (magnitude << 17) + (102 << 23))
@@ -96,21 +112,8 @@ def _cells_8bit_kernel(code, cells, widest, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantize_blockwise_kernel(
-    values, codes, absmax, code, cells, widest, blocksize, numel,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """8-bit codes and absmax of ROWS blocks of up to WIDTH values (``blocksize``, where it is no power of two)."""
-    row = tl.program_id(0).to(tl.int64) * ROWS
-    left = tl.minimum(numel - row * blocksize, ROWS * blocksize).to(tl.int32)
-    values += row * blocksize
-    codes += row * blocksize
-    rows = tl.arange(0, ROWS)
-    column = tl.arange(0, WIDTH)[None, :]
-    place = rows[:, None] * blocksize + column
-    inside = (place < left) & (column < blocksize)
-    scaled, scales = _scale_rows(tl.load(values + place, mask=inside, other=0.0).to(tl.float32))
-    tl.store(absmax + row + rows, scales, mask=rows * blocksize < left)
+def _search_8bit(scaled, code, cells, widest, PROGRAMS: tl.constexpr):
+    """Ranks in any rising map, by the cell of a value's bits."""
     key = tl.where(scaled == scaled, scaled, float("-inf"))
     bits = key.to(tl.int32, bitcast=True)
     magnitude = tl.minimum(tl.maximum(((bits & 0x7FFFFFFF) >> 17) - (102 << 6), 0), 2047)
@@ -133,4 +136,40 @@ def _quantize_blockwise_kernel(
         low = tl.where(open_ & above, middle + 1, low)
         high = tl.where(open_ & (above == 0), middle, high)
         span = span // 2
-    tl.store(codes + place, low.to(tl.uint8), mask=inside)
+    return low
+
+
+@triton.jit
+def _quantize_blockwise_kernel(
+    values, codes, absmax, code, cells, widest, cuts, kind, blocksize, numel,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """8-bit codes and absmax of ROWS blocks of up to WIDTH values (``blocksize``, where it is no power of two).
+
+    The code of a dynamic map is found by arithmetic, right or one too high, and one comparison with the midpoint below.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS
+    left = tl.minimum(numel - row * blocksize, ROWS * blocksize).to(tl.int32)
+    values += row * blocksize
+    codes += row * blocksize
+    rows = tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)[None, :]
+    place = rows[:, None] * blocksize + column
+    inside = (place < left) & (column < blocksize)
+    scaled, scales = _scale_rows(tl.load(values + place, mask=inside, other=0.0).to(tl.float32))
+    tl.store(absmax + row + rows, scales, mask=rows * blocksize < left)
+    map_kind = tl.load(kind)
+    if map_kind == 1:
+        # The maximum with a number turns NaN into the lowest rank.
+        key = tl.maximum(scaled, -1.0)
+        rank = _guess(key, SIGNED, PTX)
+        rank -= (key <= tl.load(cuts + rank)).to(tl.int32)
+        tl.store(codes + place, rank.to(tl.uint8), mask=inside)
+    elif map_kind == 2:
+        key = tl.maximum(scaled, 0.0)
+        rank = _guess(key, UNSIGNED, PTX)
+        rank -= (key <= tl.load(cuts + rank)).to(tl.int32)
+        tl.store(codes + place, rank.to(tl.uint8), mask=inside)
+    else:
+        rank = _search_8bit(scaled, code, cells, widest, PROGRAMS)
+        tl.store(codes + place, rank.to(tl.uint8), mask=inside)
