@@ -39,6 +39,18 @@ VARIABLES: tuple[Variable[str] | Variable[int] | Variable[bool], ...] = (
     Variable(
         "HALFBYTE_CACHE_DIR", str, "", "Where downloads and compiled kernels go; empty: the user's cache directory."
     ),
+    Variable(
+        "HALFBYTE_QUANTIZE_EMBEDDINGS",
+        bool,
+        False,
+        "Quantize embedding tables and output heads too when transformers loads a model in 4 or 8 bits.",
+    ),
+    Variable(
+        "HALFBYTE_QUANTIZE_EXPERTS",
+        bool,
+        True,
+        "Whether transformers' `load_in_4bit` takes fused experts along; 0 leaves them in their dtype.",
+    ),
     Variable("HALFBYTE_QUIET", bool, False, "No receipt line after a model is loaded."),
 )
 

@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "a foreign key": (lambda t: t.update(extra=torch.zeros(1)), "holds foreign extra"),
     "a foreign 4-bit weight": (
         lambda t: t.update({k.replace("body.0", "body.7"): v.clone() for k, v in t.items() if k.startswith(W0)}),
-        r"body\.7\.weight is a 4-bit weight, and the module has no Linear4bit",
+        r"body\.7\.weight is a 4-bit weight, and the module has no 4-bit layer",
     ),
     "another embedding": (
         lambda t: t.update({"embed.weight": torch.zeros(11, 64)}),

@@ -13,7 +13,8 @@ from halfbyte.checkpoint.keys import weight_of
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import write
 from halfbyte.errors import CheckpointError
-from halfbyte.nn import Linear4bit, Linear8bitLt
+from halfbyte.nn.holds_4bit import Holds4bit
+from halfbyte.nn.holds_8bit import Holds8bit
 from halfbyte.quant_state import QuantState
 
 __all__ = ["load", "save"]
@@ -62,7 +63,7 @@ def _check_keys(
     for weight in states:
         if weight not in layers and (strict or weight in module.state_dict()):
             raise CheckpointError(
-                f"{checkpoint.path}: {weight} is a 4-bit weight, and the module has no Linear4bit of that name",
+                f"{checkpoint.path}: {weight} is a 4-bit weight, and the module has no 4-bit layer of that name",
                 expected="the layers that were saved",
             )
     if not strict:
@@ -90,7 +91,7 @@ def _check_shapes(module: torch.nn.Module, checkpoint: Checkpoint, states: Mappi
             continue
         shape, saved = tuple(own.shape), checkpoint.shape(name)
         if name in layers:
-            shape = (layers[name].out_features, layers[name].in_features)
+            shape = layers[name].weight_shape()
         if name in states:
             saved = tuple(states[name].shape or ())
         if saved != shape:
@@ -107,21 +108,22 @@ def _check_int8(module: torch.nn.Module, checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.path}: one of {weight} in int8 and {scales} without the other", expected="both or neither"
             )
-        if is_int8 and math.prod(checkpoint.shape(scales)) != layer.out_features:
+        if is_int8 and math.prod(checkpoint.shape(scales)) != layer.weight_shape()[0]:
             raise CheckpointError(
-                f"{checkpoint.path}: {scales} has shape {checkpoint.shape(scales)}", expected=f"({layer.out_features},)"
+                f"{checkpoint.path}: {scales} has shape {checkpoint.shape(scales)}",
+                expected=f"({layer.weight_shape()[0]},)",
             )
 
 
-def _int8_layers(module: torch.nn.Module) -> dict[str, Linear8bitLt]:
+def _int8_layers(module: torch.nn.Module) -> dict[str, Holds8bit]:
     named = module.named_modules(remove_duplicate=False)
-    return {name: layer for name, layer in named if isinstance(layer, Linear8bitLt)}
+    return {name: layer for name, layer in named if isinstance(layer, Holds8bit)}
 
 
-def _layers(module: torch.nn.Module) -> dict[str, Linear4bit]:
+def _layers(module: torch.nn.Module) -> dict[str, Holds4bit]:
     """4-bit layers by the key of their weight."""
     return {
         f"{name}.weight".lstrip("."): layer
         for name, layer in module.named_modules(remove_duplicate=False)
-        if isinstance(layer, Linear4bit)
+        if isinstance(layer, Holds4bit)
     }

@@ -46,12 +46,24 @@ def refresh(version: str) -> None:
 
 
 def watch() -> None:
-    """Add what halfbyte adds to transformers as soon as it is loaded."""
+    """Add what halfbyte adds to transformers and peft as soon as they are loaded."""
     after_import("transformers.quantizers.auto", _extend_quantizers)
+    after_import("transformers.utils.quantization_config", _extend_config)
+    after_import("peft.tuners.randlora.bnb", _extend_peft)
 
 
 def _extend_quantizers() -> None:
     importlib.import_module("halfbyte.integrations.transformers")
+
+
+def _extend_config() -> None:
+    config = sys.modules["transformers.utils.quantization_config"].BitsAndBytesConfig
+    if not hasattr(config.__init__, "__wrapped__"):
+        importlib.import_module("halfbyte.integrations.transformers_embeddings").extend_config(config)
+
+
+def _extend_peft() -> None:
+    importlib.import_module("halfbyte.integrations.peft").extend()
 
 
 def _renew_globals() -> None:
@@ -74,3 +86,5 @@ def _renew_peft_layers() -> None:
             module = sys.modules[name]
             if not any("Linear4bit" in public for public in vars(module)):
                 importlib.reload(module)
+                if name == "peft.tuners.randlora.bnb":
+                    _extend_peft()

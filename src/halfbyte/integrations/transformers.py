@@ -17,6 +17,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from halfbyte import _env
+from halfbyte.integrations import transformers_embeddings, transformers_experts
 from halfbyte.nn.compute_dtype import default_compute_dtype
 from halfbyte.nn.linear_4bit import Linear4bit
 from halfbyte.nn.receipt import WARN_BELOW, Receipt, count
@@ -147,6 +148,9 @@ def _conv1d(linear: torch.nn.Linear) -> Conv1D:
     return layer
 
 
+transformers_experts.extend(Bnb4BitHfQuantizer)
+transformers_embeddings.extend(Bnb4BitHfQuantizer)
+transformers_embeddings.extend(Bnb8BitHfQuantizer)
 _extend(Bnb4BitHfQuantizer)
 _extend(Bnb8BitHfQuantizer)
 _extend_4bit(Bnb4BitHfQuantizer)

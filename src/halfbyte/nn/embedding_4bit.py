@@ -9,6 +9,7 @@ from torch import Tensor
 
 from halfbyte import backends as _backends  # defines and binds the ops
 from halfbyte.functional import format_of, kernel_scales
+from halfbyte.nn.embedding_kinds import take_over
 from halfbyte.nn.holds_4bit import Holds4bit
 from halfbyte.nn.linear_4bit import fix_4bit_weight_quant_state_from_module
 from halfbyte.nn.params import Params4bit
@@ -62,18 +63,16 @@ class Embedding4bit(Holds4bit, torch.nn.Embedding):
         """A 4-bit layer around the table of another one, unquantized until it is moved.
 
         Args:
-            embedding: Keeps its table. Its ``padding_idx`` is taken over; settings of gradients do not apply.
+            embedding: Keeps its table. Subclasses that add to ``torch.nn.Embedding``'s forward pass keep doing so.
             quant_type: ``"nf4"`` or ``"fp4"``.
             compress_statistics: Double quantization of the scales.
             quant_storage: dtype under which the packed bytes appear.
+
+        Raises:
+            UnsupportedError: A layer that reads its table itself, or changes it (``max_norm``).
         """
-        self = Embedding4bit.__new__(cls)
-        torch.nn.Module.__init__(self)
-        for name in ("num_embeddings", "embedding_dim", "padding_idx", "norm_type", "scale_grad_by_freq", "sparse"):
-            setattr(self, name, getattr(embedding, name))
-        self.max_norm = None
-        self._hold(embedding.weight.data, quant_type, compress_statistics, quant_storage)
-        return self.train(embedding.training)
+        table = embedding.weight.data
+        return take_over(cls, embedding, lambda made: made._hold(table, quant_type, compress_statistics, quant_storage))
 
     def _hold(self, table: Tensor, quant_type: str, compress_statistics: bool, quant_storage: torch.dtype) -> None:
         self.dtype = table.dtype
@@ -106,7 +105,7 @@ class Embedding4bit(Holds4bit, torch.nn.Embedding):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
 

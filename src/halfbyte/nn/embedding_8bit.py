@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halfbyte.errors import QuantStateMissingError
 from halfbyte.functional import int8_vectorwise_dequant
+from halfbyte.nn.embedding_kinds import take_over
 from halfbyte.nn.holds_8bit import Holds8bit
 from halfbyte.nn.int8_params import Int8Params
 
@@ -45,15 +46,13 @@ class Embedding8bit(Holds8bit, torch.nn.Embedding):
         """An int8 layer around the table of another one, unquantized until it is moved.
 
         Args:
-            embedding: Keeps its table. Its ``padding_idx`` is taken over; settings of gradients do not apply.
+            embedding: Keeps its table. Subclasses that add to ``torch.nn.Embedding``'s forward pass keep doing so.
+
+        Raises:
+            UnsupportedError: A layer that reads its table itself, or changes it (``max_norm``).
         """
-        self = Embedding8bit.__new__(cls)
-        torch.nn.Module.__init__(self)
-        for name in ("num_embeddings", "embedding_dim", "padding_idx", "norm_type", "scale_grad_by_freq", "sparse"):
-            setattr(self, name, getattr(embedding, name))
-        self.max_norm = None
-        self._hold(embedding.weight.data)
-        return self.train(embedding.training)
+        table = embedding.weight.data
+        return take_over(cls, embedding, lambda made: made._hold(table))
 
     def _hold(self, table: Tensor) -> None:
         self.dtype = table.dtype
@@ -81,5 +80,5 @@ class Embedding8bit(Holds8bit, torch.nn.Embedding):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim

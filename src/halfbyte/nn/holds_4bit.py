@@ -15,7 +15,7 @@ from halfbyte.nn.params import Params4bit
 from halfbyte.ops.arguments import check_packed, check_storage_dtype
 from halfbyte.quant_state import QuantState
 
-__all__ = ["Holds4bit"]
+__all__ = ["Holds4bit", "loadable"]
 
 
 class Holds4bit(torch.nn.Module):
@@ -24,7 +24,7 @@ class Holds4bit(torch.nn.Module):
     weight: Any  # a Params4bit; sharding wrappers put their own parameters here
     quant_state: QuantState | None
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def weight_shape(self) -> tuple[int, int]:
         """Shape of the weight before it was quantized."""
         raise NotImplementedError
 
@@ -86,7 +86,7 @@ class Holds4bit(torch.nn.Module):
         try:
             if stats and weight is None:
                 raise CheckpointError(f"{stats_prefix}* without {prefix}weight", expected="both")
-            loaded = None if weight is None else self._loadable(weight, stats, assign)
+            loaded = None if weight is None else loadable(self.weight, self.weight_shape(), weight, stats, assign)
             self._check_others(state_dict, prefix)
         except HalfbyteError as error:
             error_msgs.append(f"{prefix}weight: {error}")
@@ -105,35 +105,48 @@ class Holds4bit(torch.nn.Module):
             self.weight.module = self
             self.quant_state = loaded.quant_state
 
-    def _loadable(self, weight: Tensor, stats: dict[str, Any], assign: bool) -> Params4bit | None:
-        """The parameter that a state dict's weight becomes; None where torch can copy it as it is."""
-        shape = self._weight_shape()
-        device = weight.device if assign or self.weight.device.type == "meta" else self.weight.device
-        if stats:
-            state = QuantState.from_dict(stats, device)
-            if state.shape != torch.Size(shape):
-                raise CheckpointError(f"a 4-bit weight of shape {tuple(state.shape or ())}", expected=f"{shape}")
-            check_storage_dtype(weight.dtype)
-            check_packed(weight, math.prod(shape))
-            data = weight.detach().to(device)
-            if not assign:  # the layer must not change with the caller's dictionary
-                state, data = copy.deepcopy(state), data.clone()
-            return Params4bit._from_state(data, state, False, None)  # pyright: ignore[reportPrivateUsage]
-        if weight.shape == shape and weight.is_floating_point():
-            if not self.weight.bnb_quantized:
-                return None
-            settings: dict[str, Any] = {
-                **vars(self.weight),
-                "bnb_quantized": False,
-                "quant_state": None,
-                "module": None,
-                "requires_grad": False,
-            }
-            return Params4bit(weight.detach().clone(), **settings).to(device)
-        if weight.shape[1:] == (1,):
-            raise CheckpointError(
-                f"packed 4-bit codes of shape {tuple(weight.shape)} without their weight.* keys",
-                expected="weight.absmax, weight.quant_map and weight.quant_state.* beside the weight",
-                hint="save the whole state dict of the 4-bit layer",
-            )
-        raise CheckpointError(f"weight is {weight.dtype} of shape {tuple(weight.shape)}", expected=f"floats of {shape}")
+
+def loadable(
+    own: Any, shape: tuple[int, ...], weight: Tensor, stats: dict[str, Any], assign: bool
+) -> Params4bit | None:
+    """The parameter that a state dict's weight becomes; None where torch can copy it as it is.
+
+    Args:
+        own: The Params4bit that is there.
+        shape: Its shape before it was quantized.
+        weight: Packed codes or plain values.
+        stats: The keys that describe the codes, if any.
+        assign: Whether the state dict's own tensors are taken.
+
+    Raises:
+        CheckpointError: They do not fit, or are damaged.
+    """
+    device = weight.device if assign or own.device.type == "meta" else own.device
+    if stats:
+        state = QuantState.from_dict(stats, device)
+        if state.shape != torch.Size(shape):
+            raise CheckpointError(f"a 4-bit weight of shape {tuple(state.shape or ())}", expected=f"{shape}")
+        check_storage_dtype(weight.dtype)
+        check_packed(weight, math.prod(shape))
+        data = weight.detach().to(device)
+        if not assign:  # the layer must not change with the caller's dictionary
+            state, data = copy.deepcopy(state), data.clone()
+        return Params4bit._from_state(data, state, False, None)  # pyright: ignore[reportPrivateUsage]
+    if weight.shape == shape and weight.is_floating_point():
+        if not own.bnb_quantized:
+            return None
+        settings: dict[str, Any] = {
+            **vars(own),
+            "bnb_quantized": False,
+            "quant_state": None,
+            "module": None,
+            "requires_grad": False,
+        }
+        return Params4bit(weight.detach().clone(), **settings).to(device)
+    if weight.shape[1:] == (1,):
+        raise CheckpointError(
+            f"packed 4-bit codes of shape {tuple(weight.shape)} without their weight.* keys",
+            expected="weight.absmax, weight.quant_map and weight.quant_state.* beside the weight",
+            hint="save the whole state dict of the 4-bit layer",
+        )
+    raise CheckpointError(f"weight is {weight.dtype} of shape {tuple(weight.shape)}", expected=f"floats of {shape}")

@@ -24,7 +24,7 @@ class Holds8bit(torch.nn.Module):
 
     weight: Any  # an Int8Params; wrappers put their own parameters here
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def weight_shape(self) -> tuple[int, int]:
         """Shape of the weight."""
         raise NotImplementedError
 
@@ -89,7 +89,7 @@ class Holds8bit(torch.nn.Module):
     def _loadable(self, weight: Tensor, scales: Tensor | None, stored_format: Tensor | int | str) -> Int8Params | None:
         """The parameter that a state dict's weight becomes; None where torch can copy it as it is."""
         device = weight.device if self.weight.device.type == "meta" else self.weight.device
-        shape = self._weight_shape()
+        shape = self.weight_shape()
         if weight.dtype == torch.int8:
             if scales is None:
                 raise CheckpointError(

@@ -87,7 +87,7 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
             return x.dtype
         return default_compute_dtype(x.device)
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
     def _check_others(self, state_dict: dict[str, Any], prefix: str) -> None:

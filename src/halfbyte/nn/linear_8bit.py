@@ -107,7 +107,7 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
     def init_8bit_state(self) -> None:
         """Kept for callers: the state reads codes and scales from the weight at any time."""
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
     def _keeps_floats(self) -> bool:

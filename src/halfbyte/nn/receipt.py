@@ -197,7 +197,8 @@ def _count_quantized(tally: _Tally, module: torch.nn.Module, parameter: Any) -> 
     tally.weights += weights
     tally.nbytes += nbytes
     tally.original_nbytes += weights * itemsize
-    tally.compute_dtypes.add(str(dtype).removeprefix("torch.") + chosen)
+    if not isinstance(module, torch.nn.Embedding):  # a look-up multiplies nothing
+        tally.compute_dtypes.add(str(dtype).removeprefix("torch.") + chosen)
 
 
 def _compute_dtype(module: torch.nn.Module, parameter: Any, activations: torch.dtype) -> tuple[torch.dtype, str]:
