@@ -1,0 +1,150 @@
+"""A QLoRA training step of a Llama-3-8B-shaped model on a GPU: halfbyte against bitsandbytes.
+
+Run: ``python benchmarks/gpu_qlora.py [--out FOLDER] [--layers 32] [--only halfbyte,bitsandbytes]``. NF4 with nested
+scales, bf16, LoRA of rank 16 on every linear layer of the blocks through peft, gradient checkpointing, each package's
+8-bit AdamW. Random weights and tokens; nothing is downloaded. Each way has a process of its own: peft finds halfbyte
+under the name of bitsandbytes, as users have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import write_csv
+from benchmarks.gpu_model import build, say, seconds, shape
+
+SIZES = ((1, 2048), (1, 1024), (4, 1024))
+"""Sequences and their lengths."""
+
+WAYS = ("halfbyte", "bitsandbytes")
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def trained(way: str, config: Any, device: str) -> tuple[Any, torch.optim.Optimizer]:
+    """The model with adapters and its optimizer, which only sees them."""
+    if way == "halfbyte":
+        import halfbyte
+
+        halfbyte.install_as_bitsandbytes(replace=True)
+        from halfbyte.optim import AdamW8bit
+    else:
+        from bitsandbytes.optim import AdamW8bit
+    from peft import LoraConfig, get_peft_model
+
+    config.use_cache = False
+    base = build(way, config, device=device)
+    base.is_loaded_in_4bit = True
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.train()
+    return model, AdamW8bit([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def step_of(model: Any, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) -> float:
+    """One training step; returns the loss."""
+    loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(loss.detach())
+
+
+def measure(way: str, layers: int, limit: float) -> None:
+    """Print one JSON line for each size."""
+    torch.manual_seed(0)
+    begin = time.perf_counter()
+    model, optimizer = trained(way, shape(layers), "cuda")
+    gc.collect()
+    torch.cuda.empty_cache()
+    memory = torch.cuda.memory_allocated() / 1e9
+    say(way, f"model with adapters after {time.perf_counter() - begin:.1f} s: {memory:.3f} GB")
+    kind = type(next(m for n, m in model.named_modules() if n.endswith("q_proj"))).__module__
+    for batch, length in SIZES:
+        if time.perf_counter() - begin > limit:
+            say(way, "left out for want of time:", batch, length)
+            continue
+        tokens = torch.randint(0, 128000, (batch, length), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        first = seconds(lambda t=tokens: step_of(model, optimizer, t))
+        say(way, f"{batch}x{length}: first step {first:.2f} s")
+        losses: list[float] = []
+        taken = sorted(seconds(lambda t=tokens: losses.append(step_of(model, optimizer, t))) for _ in range(4))
+        row = {
+            "way": way,
+            "batch": batch,
+            "tokens": length,
+            "step_ms": round((taken[1] + taken[2]) / 2 * 1e3, 1),
+            "least_ms": round(taken[0] * 1e3, 1),
+            "first_step_ms": round(first * 1e3, 1),
+            "memory_gb": round(memory, 3),
+            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3),
+            "loss": round(losses[-1], 4),
+            "adapter": kind,
+            "layers": layers,
+            "device": torch.cuda.get_device_name(),
+        }
+        print("ROW " + json.dumps(row), flush=True)
+
+
+def profile(way: str, layers: int) -> None:
+    """Print where the GPU's time goes in one step of 1x2048 tokens."""
+    torch.manual_seed(0)
+    model, optimizer = trained(way, shape(layers), "cuda")
+    tokens = torch.randint(0, 128000, (1, 2048), device="cuda")
+    step_of(model, optimizer, tokens)
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as found:
+        step_of(model, optimizer, tokens)
+        torch.cuda.synchronize()
+    print(found.key_averages().table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=60))
+
+
+def main() -> None:
+    """Run every way in a process of its own, write ``gpu_qlora.csv``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--only", default=",".join(WAYS))
+    parser.add_argument("--seconds", type=float, default=1e9, help="a way starts no further size after this long")
+    parser.add_argument("--profile", action="store_true", help="a table of kernels instead of times")
+    parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        if arguments.profile:
+            profile(arguments.child, arguments.layers)
+        else:
+            measure(arguments.child, arguments.layers, arguments.seconds)
+        return
+    rows: list[dict[str, Any]] = []
+    for way in arguments.only.split(","):
+        if importlib.util.find_spec(way) is None:
+            say(f"{way} is not installed, left out")
+            continue
+        command = [sys.executable, "-W", "ignore", __file__, "--child", way, "--layers", str(arguments.layers)]
+        command += ["--seconds", str(arguments.seconds)] + ["--profile"] * arguments.profile
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+            for line in child.stdout or ():
+                print(line, end="", flush=True)
+                if line.startswith("ROW "):
+                    rows.append(json.loads(line[4:]))
+                    write_csv("gpu_qlora.csv", rows, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
