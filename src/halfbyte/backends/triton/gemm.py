@@ -15,11 +15,19 @@ from torch import Tensor
 
 from halfbyte.backends.registry import implements
 from halfbyte.backends.triton import slices
+from halfbyte.backends.triton.decoded import DecodedPlan, decoded_kernel, sum_partial
 from halfbyte.backends.triton.dequantize import Nested, as_bytes, offset_fp32
 from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of, words_of
 from halfbyte.backends.triton.kernels.gemm_portable import _gemm_4bit_portable_kernel, _sum_partial_kernel
 from halfbyte.backends.triton.launch import Launcher, on_device, raw_stream, start
-from halfbyte.backends.triton.tuning import FUSED_BATCHES, Tile, closed_form, fused_up_to, tile_for
+from halfbyte.backends.triton.tuning import (
+    FUSED_BATCHES,
+    Tile,
+    backward_tile_for,
+    closed_form,
+    fused_up_to,
+    tile_for,
+)
 from halfbyte.errors import ArgumentError
 
 __all__ = ["FusedPlan", "gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "make_plan"]
@@ -134,16 +142,11 @@ class FusedPlan:
         else:
             self._launcher.ordinary(self._grid, packed, x, absmax, *nested, bias, partial, self._pairs, *self._numbers)
         if self._sum is not None:
-            numel = self.m * self.n
-            grid = (-(-numel // 1024), 1, 1)
-            if self._sum.compiled():
-                address = None if bias is None else bias.data_ptr()
-                self._sum.direct(grid, raw_stream(index), partial.data_ptr(), address, out.data_ptr(), numel, self.n)
-            else:
-                self._sum.ordinary(grid, partial, bias, out, numel, self.n)
+            sum_partial(self._sum, partial, bias, out, index)
 
 
-_plans: dict[tuple[Any, ...], FusedPlan | None] = {}
+_plans: dict[tuple[Any, ...], FusedPlan | DecodedPlan | None] = {}
+_backward_plans: dict[tuple[Any, ...], DecodedPlan | None] = {}
 
 
 def make_plan(
@@ -158,7 +161,7 @@ def make_plan(
     *,
     nested: bool,
     bias: bool,
-) -> FusedPlan | None:
+) -> FusedPlan | DecodedPlan | None:
     """The fused plan of a product of ``m`` rows, None where slices or the portable kernel serve better or alone can."""
     gpu = gpu_of(index)
     if not gpu.gluon or not fused_kernels() or dtype == torch.float32 or k % 32 or n * k // 8 >= 1 << 31:
@@ -167,8 +170,14 @@ def make_plan(
         return None
     batch = next((size for size in FUSED_BATCHES if size >= m), FUSED_BATCHES[-1])
     tile = tile_for(gpu, batch, n, k)
-    if tile.kind == "warpgroup" and (k % 64 or k % blocksize or blocksize < 64):
+    if tile.kind in ("warpgroup", "decoded") and (k % 64 or k % blocksize or blocksize < 64):
+        if m > 64:
+            return None
         tile = closed_form(replace(gpu, arch="other"), min(batch, 64), n, k)
+    if tile.kind == "decoded":
+        if decoded_kernel() is None:
+            return None
+        return DecodedPlan(m, n, k, blocksize, quant_type, tile, across=False, nested=nested, bias=bias)
     pairs, words = rounded_pairs_of(quant_type, dtype, index), words_of(quant_type, dtype)
     return FusedPlan(m, n, k, blocksize, pairs, words, tile, x_stride, nested=nested, bias=bias)
 
@@ -295,6 +304,18 @@ def portable(
     )
 
 
+def make_backward_plan(
+    m: int, n: int, k: int, blocksize: int, quant_type: str, dtype: torch.dtype, index: int, *, nested: bool
+) -> DecodedPlan | None:
+    """The fused plan of ``grad @ weight``, None where slices serve better or alone can."""
+    gpu = gpu_of(index)
+    usable = gpu.gluon and dtype != torch.float32 and not (k % 64 or k % blocksize or blocksize < 64 or n % 8)
+    tile = backward_tile_for(gpu, m, n, k) if usable and n * k // 8 < 1 << 31 else None
+    if tile is None or decoded_kernel() is None:
+        return None
+    return DecodedPlan(m, n, k, blocksize, quant_type, tile, across=True, nested=nested, bias=False)
+
+
 @implements("triton", "gemm_4bit_dgrad")
 def gemm_4bit_dgrad(
     grad: Tensor,
@@ -307,7 +328,7 @@ def gemm_4bit_dgrad(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    """``grad @ weight`` by slices of columns that stay in the cache."""
+    """``grad @ weight``: the weight is decoded inside the product, or dequantized slice by slice."""
     n, k = shapeB
     out = torch.empty((*grad.shape[:-1], k), dtype=grad.dtype, device=grad.device)
     if not out.numel():
@@ -315,8 +336,25 @@ def gemm_4bit_dgrad(
     if not n:
         return out.zero_()
     nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
-    with on_device(grad.device.index):
-        slices.backward(grad.reshape(-1, n), as_bytes(B), absmax, nested, blocksize, quant_type, out.view(-1, k))
+    rows = grad.reshape(-1, n)
+    if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % ALIGNMENT:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    index = grad.device.index
+    m = rows.shape[0]
+    key = (m, n, k, blocksize, quant_type, grad.dtype, index, absmax_8bit is None)
+    if key in _backward_plans:
+        plan = _backward_plans[key]
+    else:
+        plan = _backward_plans[key] = make_backward_plan(
+            m, n, k, blocksize, quant_type, grad.dtype, index, nested=absmax_8bit is not None
+        )
+    packed, absmax = as_bytes(B), absmax.contiguous()
+    _check_devices(packed, absmax, *nested)
+    with on_device(index):
+        if plan is not None and _aligned(packed, absmax, *nested):
+            plan.run(rows, packed, absmax, nested, None, out, index)
+        else:
+            slices.backward(rows, packed, absmax, nested, blocksize, quant_type, out.view(-1, k))
     return out
 
 

@@ -12,12 +12,15 @@ from typing import Any
 from halfbyte.backends.triton.device import Gpu
 from halfbyte.errors import ArgumentError
 
-__all__ = ["FUSED_BATCHES", "Tile", "closed_form", "fused_up_to", "read", "tile_for"]
+__all__ = ["FUSED_BATCHES", "STEP", "Tile", "backward_tile_for", "closed_form", "fused_up_to", "read", "tile_for"]
 
-FUSED_BATCHES = (1, 8, 16, 32, 64, 128, 256)
+FUSED_BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Batch buckets: rows of activations that tiles of the fused kernels are measured for."""
 
-KINDS = ("register", "staged", "warpgroup")
+KINDS = ("register", "staged", "warpgroup", "decoded")
+
+STEP = 64
+"""Terms of the sum that a "decoded" tile takes at a time."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,17 @@ class Tile:
 
     Attributes:
         kind: ``"register"``: the weight goes straight to registers, for batches of up to 16; ``"staged"``: weight and
-            activation through shared memory; ``"warpgroup"``: the same with wgmma (Hopper).
+            activation through shared memory; ``"warpgroup"``: the same with wgmma (Hopper); ``"decoded"``: weight
+            decoded into shared memory by warps of their own (Hopper).
         batch: Rows of activations of a program (BM).
         rows: Weight rows of a program (BN), a multiple of 16 times ``n_warps``.
-        unroll: Groups of 64 columns in an iteration (U).
+        unroll: Groups of 64 columns in an iteration (U); of a decoded tile: steps whose words are loaded ahead.
         k_warps: Warps that share the K axis (KW).
         n_warps: Warps that share the rows (NW).
         split: Programs that share the K axis.
         stages: Iterations in shared memory or on their way there; of the register kernel: iterations loaded ahead.
         table: Decode by the table in shared memory, else by byte permutation.
+        per_sm: Programs that share a multiprocessor (decoded tiles).
     """
 
     kind: str
@@ -46,6 +51,7 @@ class Tile:
     split: int
     stages: int
     table: bool = True
+    per_sm: int = 1
 
     def __post_init__(self) -> None:
         for name in ("batch", "rows", "unroll", "k_warps", "n_warps"):
@@ -62,11 +68,13 @@ class Tile:
             raise ArgumentError(f"a tile of {self.k_warps}x{self.n_warps} warps", expected="at most 16 warps")
         if self.unroll > 4 or self.split < 1 or not 0 <= self.stages <= 16:
             raise ArgumentError(f"{self}", expected="unroll up to 4, split 1 or more, up to 16 stages")
-        if self.kind == "warpgroup" and (self.k_warps > 1 or self.n_warps % 4):
+        if self.kind in ("warpgroup", "decoded") and (self.k_warps > 1 or self.n_warps % 4):
             raise ArgumentError(f"{self}", expected="whole warpgroups of 4 warps, none of them sharing K")
 
     def shared_bytes(self, pair: int = 2) -> int:
         """Dynamic shared memory that the buffers take, in groups of ``32 * pair`` columns."""
+        if self.kind == "decoded":
+            return self.stages * (self.rows + self.batch) * STEP * 2
         if self.kind == "register":
             return self.k_warps * self.rows * self.batch * 4
         columns = 32 * pair * self.unroll * self.k_warps
@@ -86,20 +94,39 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """One tuning file: measured entries, and up to which batch the fused kernels beat slices at each shape."""
+    """One tuning file: measured entries, and up to which batch the fused kernels beat slices at each shape.
+
+    Attributes:
+        entries: Of products with the weight's transpose, the forward.
+        fused: (n, k, batch) of the forward.
+        backward: As ``entries``, of the gradient's product with the weight.
+        fused_backward: As ``fused``, of that one.
+    """
 
     device: str
     entries: tuple[Entry, ...]
     fused: tuple[tuple[int, int, int], ...]
+    backward: tuple[Entry, ...] = ()
+    fused_backward: tuple[tuple[int, int, int], ...] = ()
+
+
+def _entries(items: list[dict[str, Any]]) -> tuple[Entry, ...]:
+    return tuple(Entry(int(item["batch"]), int(item["n"]), int(item["k"]), Tile(**item["tile"])) for item in items)
+
+
+def _limits(items: list[dict[str, Any]]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((int(item["n"]), int(item["k"]), int(item["up_to"])) for item in items)
 
 
 def _parse(text: str) -> Table:
     document: dict[str, Any] = json.loads(text)
-    entries = tuple(
-        Entry(int(item["batch"]), int(item["n"]), int(item["k"]), Tile(**item["tile"])) for item in document["tiles"]
+    return Table(
+        str(document["device"]),
+        _entries(document["tiles"]),
+        _limits(document["fused"]),
+        _entries(document.get("backward", [])),
+        _limits(document.get("fused_backward", [])),
     )
-    fused = tuple((int(item["n"]), int(item["k"]), int(item["up_to"])) for item in document["fused"])
-    return Table(str(document["device"]), entries, fused)
 
 
 @functools.lru_cache(maxsize=16)
@@ -119,13 +146,31 @@ def _distance(n: int, k: int, other_n: int, other_k: int) -> float:
 def tile_for(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
     """The tile for a batch bucket: the nearest measured shape's, if within a factor of two, or the closed form."""
     table = read(gpu.arch)
-    if table is not None:
-        near = [entry for entry in table.entries if entry.batch == batch]
-        if near:
-            best = min(near, key=lambda entry: _distance(n, k, entry.n, entry.k))
-            if _distance(n, k, best.n, best.k) <= 1.0:
-                return best.tile
-    return closed_form(gpu, batch, n, k)
+    tile = None if table is None else _nearest(table.entries, batch, n, k, 1.0)
+    return closed_form(gpu, batch, n, k) if tile is None else tile
+
+
+@functools.lru_cache(maxsize=4096)
+def backward_tile_for(gpu: Gpu, m: int, n: int, k: int) -> Tile | None:
+    """The tile of ``grad @ weight`` for ``m`` rows, None where slices of dequantized weight serve better or alone
+    can."""
+    table = read(gpu.arch)
+    if table is None or not table.fused_backward or m > _limit(table.fused_backward, n, k):
+        return None
+    batch = next((size for size in FUSED_BATCHES if size >= m), FUSED_BATCHES[-1])
+    return _nearest(table.backward, batch, n, k, 3.0)
+
+
+def _nearest(entries: tuple[Entry, ...], batch: int, n: int, k: int, within: float) -> Tile | None:
+    near = [entry for entry in entries if entry.batch == batch]
+    if not near:
+        return None
+    best = min(near, key=lambda entry: _distance(n, k, entry.n, entry.k))
+    return best.tile if _distance(n, k, best.n, best.k) <= within else None
+
+
+def _limit(limits: tuple[tuple[int, int, int], ...], n: int, k: int) -> int:
+    return min(limits, key=lambda item: _distance(n, k, item[0], item[1]))[2]
 
 
 def closed_form(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
@@ -149,7 +194,4 @@ def closed_form(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
 def fused_up_to(gpu: Gpu, n: int, k: int) -> int:
     """The largest batch for which the fused kernels beat slices of dequantized weight."""
     table = read(gpu.arch)
-    if table is not None and table.fused:
-        best = min(table.fused, key=lambda item: _distance(n, k, item[0], item[1]))
-        return best[2]
-    return 64
+    return _limit(table.fused, n, k) if table is not None and table.fused else 64
