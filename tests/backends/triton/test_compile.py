@@ -8,8 +8,17 @@ import pytest
 
 pytest.importorskip("triton")
 
-from halfbyte.backends.triton.kernels import dequantize, gemm_portable, gemm_small_batch, gemm_staged, gemm_warpgroup
+from halfbyte.backends.triton.decoded import registers
+from halfbyte.backends.triton.kernels import (
+    dequantize,
+    gemm_decoded,
+    gemm_portable,
+    gemm_small_batch,
+    gemm_staged,
+    gemm_warpgroup,
+)
 from halfbyte.backends.triton.kernels import quantize as quantize_kernels
+from halfbyte.backends.triton.tuning import Tile
 from tests.backends.triton.compiling import build
 
 POINTERS = {
@@ -119,6 +128,61 @@ def test_the_warpgroup_kernel_feeds_the_tensor_cores_from_registers(table: bool,
 def test_the_warpgroup_kernel_compiles_with_an_uneven_k_and_long_blocks() -> None:
     constants = {**WARPGROUP, "U": 4, "CHAIN": 2, "BLOCK_GROUPS": 2, "EVEN": False, "SPLIT": 2}
     assert fused(gemm_warpgroup._gemm_4bit_warpgroup_kernel, "sm_90", 4, **constants).loop["HGMMA"] >= 16
+
+
+def decoded(tile: Tile, dtype: str = "bf16", **changes: Any) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    maxnreg, decoding = registers(tile)
+    constants = {
+        "BN": tile.rows, "BM": tile.batch, "BLOCK": 64, "ACROSS": False, "SPLIT": 1, "NESTED": False, "BIAS": False,
+        "NW": tile.n_warps, "PW": 4, "REGISTERS": decoding, "AHEAD": tile.unroll, "STAGED_STORE": True,
+        "STAGES": tile.stages, **changes,
+    }  # fmt: skip
+    numbers = ("M", "N", "K", "row_words", "row_blocks", "steps", "per_slice")
+    types = {name: kind for name, kind in POINTERS.items() if name != "pairs"}
+    types |= {
+        "x_desc": f"tensordesc<{dtype}[{tile.batch}, 64],{layout!r}>", "bias_ptr": f"*{dtype}",
+        "out_ptr": f"*{dtype}" if constants["SPLIT"] == 1 else "*fp32",
+        **{f"l{i}": "fp32" for i in range(16)}, **dict.fromkeys(numbers, "i32"),
+    }  # fmt: skip
+    options = {} if maxnreg is None else {"maxnreg": maxnreg}
+    return build(
+        gemm_decoded._gemm_4bit_decoded_kernel, types, constants, target="sm_90", warps=tile.n_warps, gluon=True,
+        aligned=numbers[1:], enable_fp_fusion=False, **options,
+    )  # fmt: skip
+
+
+LARGE = Tile("decoded", 256, 128, 2, 1, 8, 1, 4)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("across", [False, True])
+def test_the_decoded_kernels_producers_keep_ahead_of_the_tensor_cores(across: bool, dtype: str) -> None:
+    built = decoded(LARGE, dtype, ACROSS=across)
+    assert built.registers_spilled == 0
+    ptx = built.asm["ptx"]
+    assert ptx.count("wgmma.mma_async") == 4
+    assert ptx.count("cp.async.bulk.tensor") == 1
+    # A step of 128 rows, 64 terms and a batch of 256 takes the tensor cores 1024 cycles; a decoding warp has a quarter
+    # of the multiprocessor's integer units, 16 lanes, and 64 weights a lane: 21 permutations and shifts for 8 of them.
+    assert ptx.count("prmt.b32") <= 8 * 16 + 8 + 8
+    assert ptx.count("st.shared.v4") == 8
+
+
+@pytest.mark.parametrize(
+    ("tile", "changes"),
+    [
+        (Tile("decoded", 8, 128, 4, 1, 4, 1, 4, per_sm=2), {"NESTED": True}),
+        (Tile("decoded", 64, 128, 4, 1, 4, 1, 4, per_sm=2), {"BIAS": True}),
+        (Tile("decoded", 64, 64, 4, 1, 4, 1, 4, per_sm=2), {"BLOCK": 256}),
+        (Tile("decoded", 128, 128, 2, 1, 4, 2, 3, per_sm=2), {"SPLIT": 2, "ACROSS": True, "NESTED": True}),
+    ],
+    ids=str,
+)
+def test_the_decoded_kernel_compiles_for_every_kind_of_weight(tile: Tile, changes: dict[str, Any]) -> None:
+    assert decoded(tile, **changes).registers_spilled <= 16
 
 
 NESTED_POINTERS = {name: POINTERS[name] for name in ("absmax", "absmax_8bit", "absmax_code", "absmax_offset")}
