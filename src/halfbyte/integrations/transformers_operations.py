@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.core_model_loading import ConversionOps
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb4bitQuantize
 
 from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.integrations.transformers_experts import is_expert
+from halfbyte.nn.holds_4bit import loadable
 from halfbyte.nn.linear_4bit import Linear4bit
+from halfbyte.nn.params import Params4bit
 
-__all__ = ["Damaged", "Deserialize4bit", "Quantize4bit"]
+__all__ = ["Damaged", "Deserialize4bit", "DeserializeExperts", "Quantize4bit"]
 
 
 class Damaged(dict[str, HalfbyteError]):
@@ -41,6 +45,8 @@ class Quantize4bit(Bnb4bitQuantize):
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         try:
+            if is_expert(kwargs["model"], next(iter(input_dict))):
+                return {name: _quantized(kwargs["model"], name, weight) for name, weight in input_dict.items()}
             return super().convert(input_dict, *args, **kwargs)
         except HalfbyteError as error:
             name, weight = next(iter(input_dict.items()))
@@ -64,3 +70,42 @@ class Deserialize4bit(Bnb4bitDeserialize):
             return super().convert(input_dict, model=model, full_layer_name=full_layer_name, **kwargs)
         except HalfbyteError as error:
             return {"weight": self.hf_quantizer.damaged.keep(error, name, weight)}
+
+
+class DeserializeExperts(ConversionOps):
+    """Reads the packed weights of a layer's experts, or plain ones from a checkpoint that left them alone."""
+
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        del kwargs
+        name = str(full_layer_name)
+        values = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        own = min(values, key=len)
+        weight = values.pop(own)
+        try:
+            return {name: _expert(model, name, weight, values)}
+        except HalfbyteError as error:
+            return {name: self.hf_quantizer.damaged.keep(error, name, weight)}
+
+
+def _expert(model: Any, name: str, weight: torch.Tensor, stats: dict[str, Any]) -> torch.nn.Parameter:
+    fresh = model.get_parameter(name)
+    if not stats and weight.shape == fresh.shape:
+        return torch.nn.Parameter(weight.to(fresh.dtype), requires_grad=False)
+    loaded = loadable(fresh, tuple(fresh.shape), weight, stats, assign=True)
+    if loaded is None:
+        raise CheckpointError(f"experts of shape {tuple(weight.shape)}", expected=f"{tuple(fresh.shape)}")
+    return loaded
+
+
+def _quantized(model: Any, name: str, weight: Any) -> Params4bit:
+    weight = weight[0] if isinstance(weight, list) else weight
+    fresh = model.get_parameter(name)
+    if weight.shape != fresh.shape:
+        raise CheckpointError(f"experts of shape {tuple(weight.shape)}", expected=f"{tuple(fresh.shape)}")
+    settings: dict[str, Any] = {**vars(fresh), "requires_grad": False}
+    return Params4bit(weight, **settings).to(weight.device)

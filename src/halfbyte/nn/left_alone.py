@@ -7,7 +7,12 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["Reasons"]
+__all__ = ["Reasons", "leave_alone"]
+
+
+def leave_alone(module: torch.nn.Module, reason: str) -> None:
+    """Note why the parameters of ``module`` itself stay as they are, for the receipt."""
+    vars(module)["left_alone"] = reason
 
 
 class Reasons:
@@ -53,8 +58,10 @@ class Reasons:
             return "named in llm_int8_skip_modules"
         if _named(owner, self._kept):
             return "kept by transformers: an output head, a tied weight or a module that stays in fp32"
+        if parameter.dim() > 2 and "left_alone" in vars(module):
+            return str(vars(module)["left_alone"])
         if parameter.dim() > 2:
-            return f"a {parameter.dim()}-D parameter ({own} of {kind}): only linear layers are quantized"
+            return f"a {parameter.dim()}-D parameter ({own} of {kind}): neither linear nor experts of a known kind"
         if type(module) is torch.nn.Linear:
             return "a linear layer that was not converted"
         if isinstance(module, torch.nn.Linear):

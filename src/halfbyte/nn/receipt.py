@@ -167,7 +167,7 @@ def _is_quantized(parameter: Any) -> bool:
     kind = type(parameter).__name__
     if kind == "Int8Params":
         return parameter.dtype == torch.int8
-    return kind == "Params4bit" and getattr(parameter, "quant_state", None) is not None
+    return getattr(parameter, "quant_state", None) is not None  # a Params4bit, or one of nn.parametrize
 
 
 def _activation_dtype(model: torch.nn.Module) -> torch.dtype:
