@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from halfbyte.backends.cpu import compiler, host, threads
-from halfbyte.backends.cpu.kernels import blockwise, dequantize, int8, optimizer, product, quantize
+from halfbyte.backends.cpu.kernels import blockwise, dequantize, int8, optimizer, product, quantize, tiles
 from halfbyte.backends.cpu.kernels.emitter import Emitter
-from halfbyte.backends.cpu.kernels.levels import Level
+from halfbyte.backends.cpu.kernels.level import Level
 
 __all__ = ["DTYPES", "KERNELS", "Kernel", "kernel", "write"]
 
@@ -24,6 +24,8 @@ KERNELS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "dequantize_4bit": (dequantize.emit, dequantize.ARGUMENTS),
     "prepare": (product.emit_prepare, product.PREPARE_ARGUMENTS),
     "product_4bit": (product.emit, product.ARGUMENTS),
+    "prepare_tiles": (tiles.emit_prepare, tiles.PREPARE_ARGUMENTS),
+    "product_tiles": (tiles.emit, tiles.ARGUMENTS),
     "quantize_blockwise": (blockwise.emit_quantize, blockwise.QUANTIZE_ARGUMENTS),
     "dequantize_blockwise": (blockwise.emit_dequantize, blockwise.DEQUANTIZE_ARGUMENTS),
     "quantize_int8": (int8.emit_quantize, int8.QUANTIZE_ARGUMENTS),

@@ -18,7 +18,7 @@ import llvmlite.binding as llvm
 from halfbyte import _env
 from halfbyte._version import __version__
 from halfbyte.backends.cpu import kernels
-from halfbyte.backends.cpu.kernels.levels import Level
+from halfbyte.backends.cpu.kernels.level import Level
 
 __all__ = ["TYPED_POINTERS", "assembly", "cache_directory", "function", "object_code"]
 

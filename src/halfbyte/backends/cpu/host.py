@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
+import sys
 
 import llvmlite.binding as llvm
 
@@ -12,6 +14,9 @@ from halfbyte.backends.cpu.kernels.levels import LEVELS, Level
 from halfbyte.errors import ArgumentError
 
 __all__ = ["level", "level_named", "levels", "machine", "multiplies_bf16"]
+
+ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18
+"""Linux on x86-64: the system call, its request for an extended register state, and the state of AMX tiles."""
 
 
 def machine() -> str:
@@ -28,7 +33,16 @@ def _features() -> frozenset[str]:
 @functools.lru_cache(maxsize=1)
 def levels() -> tuple[Level, ...]:
     """All levels that this machine runs, best first; the last is ``portable``."""
-    return tuple(found for found in LEVELS if found.machine in {"", machine()} and found.needs <= _features())
+    known = (found for found in LEVELS if found.machine in {"", machine()} and found.needs <= _features())
+    return tuple(found for found in known if not found.matrix or _may_use_tiles())
+
+
+@functools.lru_cache(maxsize=1)
+def _may_use_tiles() -> bool:
+    """Whether the system lets this process use AMX tiles: on Linux each process asks once, for all its threads."""
+    if not sys.platform.startswith("linux"):
+        return False
+    return ctypes.CDLL(None, use_errno=True).syscall(ARCH_PRCTL, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
 
 
 def level_named(name: str) -> Level:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +15,8 @@ from torch import Tensor
 from halfbyte.backends.cpu import host, memory, tables, threads
 from halfbyte.backends.cpu.call import DTYPES, kernel
 from halfbyte.backends.cpu.four_bit import Scales, decode
-from halfbyte.backends.cpu.kernels.levels import CHUNK
+from halfbyte.backends.cpu.kernels import tiles
+from halfbyte.backends.cpu.kernels.level import CHUNK
 from halfbyte.backends.cpu.kernels.product import ROWS
 from halfbyte.backends.registry import implements
 
@@ -36,6 +40,10 @@ FUSED_BATCH = {
 """Up to this many activations the fused product is taken, by level and by what slices would be multiplied in.
 
 Measured by ``benchmarks/cpu_tune.py`` on Sapphire Rapids and Zen 3; the other levels are guesses by lanes."""
+
+TILED_BATCH = 5
+HIGH, WIDE = 2, 2
+PANEL, PANEL_MANY, GROUP_ROWS = 4, 8, 128
 
 
 @implements("cpu", "gemm_4bit")
@@ -95,7 +103,9 @@ def _product(
     if bias is not None:
         bias = bias.detach().contiguous()
     weight = B.detach().contiguous()
-    if activations.shape[0] <= _fused_batch(out.dtype) and columns % CHUNK == 0:
+    if _takes_tiles(activations) and columns % CHUNK == 0:
+        _tiled(activations, weight, rows, scales, blocksize, table, bias, out)
+    elif activations.shape[0] <= _fused_batch(out.dtype) and columns % CHUNK == 0:
         _fused(activations, weight, rows, scales, blocksize, table, bias, out)
     else:
         _sliced(activations, weight, rows, scales, blocksize, table, bias, out.view(-1, rows))
@@ -114,12 +124,12 @@ def _fused(
     batch, columns = activations.shape
     dtype = DTYPES[activations.dtype]
     tile = _tile(batch)
-    tiles = -(-batch // tile)
+    count = -(-batch // tile)
     chunks = columns // CHUNK
     if activations.stride(1) != 1:
         activations = activations.contiguous()
     prepared = torch.empty(
-        tiles * tile * columns, dtype=torch.bfloat16 if host.level().kind(dtype) == "dot" else torch.float32
+        count * tile * columns, dtype=torch.bfloat16 if host.level().kind(dtype) == "dot" else torch.float32
     )
     if batch % tile:
         prepared.zero_()
@@ -139,10 +149,98 @@ def _fused(
         rows,
         chunks,
         batch,
-        tiles,
+        count,
         max(1, PANEL_BYTES // (tile * CHUNK * prepared.element_size())),
         a_piece,
     )
+
+
+def _takes_tiles(activations: Tensor) -> bool:
+    """Whether the matrix unit is the fastest for these activations."""
+    return host.level().matrix and activations.dtype == torch.bfloat16 and activations.shape[0] >= TILED_BATCH
+
+
+def _tiled(
+    activations: Tensor,
+    weight: Tensor,
+    rows: int,
+    scales: Scales,
+    blocksize: int,
+    table: tables.Table,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    batch, columns = activations.shape
+    chunks, tall = columns // CHUNK, tiles.SIDE
+    if activations.stride(1) != 1:
+        activations = activations.contiguous()
+    plan = _plan(batch, rows, chunks)
+    prepared = torch.empty(plan.groups * plan.wide * tall * columns, dtype=torch.bfloat16)
+    a_piece = -(-chunks // max(1, 2 * threads.count() // (plan.groups * plan.wide)))
+    per_tile = -(-chunks // a_piece)
+    kernel("prepare_tiles")(
+        plan.groups * plan.wide * per_tile,
+        activations.data_ptr(),
+        prepared.data_ptr(),
+        activations.stride(0) * activations.element_size(),
+        chunks,
+        batch,
+        a_piece,
+        per_tile,
+    )
+    stride = tiles.workspace_bytes(plan.wide, plan.groups, plan.panel, plan.tiles)
+    workspace = _workspaces.get(64 + 64 + threads.count() * stride, torch.uint8)
+    address = -(-workspace.data_ptr() // 64) * 64
+    ctypes.c_int64.from_address(address).value = 0
+    kernel(
+        "product_tiles",
+        nested=scales.nested,
+        halves=blocksize < CHUNK,
+        high=HIGH,
+        wide=plan.wide,
+        whole=plan.groups == 1,
+    )(
+        -(-rows // plan.rows_a_piece),
+        weight.data_ptr(),
+        prepared.data_ptr(),
+        out.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        table.address,
+        *scales.addresses,
+        max(0, blocksize.bit_length() - CHUNK.bit_length()),
+        rows,
+        chunks,
+        batch,
+        plan.groups,
+        plan.panel,
+        plan.rows_a_piece,
+        address,
+        stride,
+        plan.panel * CHUNK // 2,
+    )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a product is cut for the matrix unit; see ``kernels/tiles.py``."""
+
+    wide: int
+    groups: int
+    panel: int
+    rows_a_piece: int
+    tiles: int
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(batch: int, rows: int, chunks: int) -> _Plan:
+    wide = min(WIDE, -(-batch // tiles.SIDE))
+    groups = -(-batch // (wide * tiles.SIDE))
+    step = HIGH * tiles.SIDE
+    if groups == 1:
+        share = -(-rows // (step * 8 * threads.count())) * step
+        return _Plan(wide, groups, min(PANEL, chunks), share, HIGH)
+    share = min(GROUP_ROWS, -(-rows // (step * 2 * threads.count())) * step)
+    return _Plan(wide, groups, min(PANEL_MANY, chunks), share, share // tiles.SIDE)
 
 
 def tiles_in_use() -> tuple[int, ...]:

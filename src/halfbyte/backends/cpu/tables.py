@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from halfbyte.backends.cpu.kernels.levels import (
+from halfbyte.backends.cpu.kernels.level import (
     TABLE_BYTES,
     TABLE_COARSE,
     TABLE_COARSE_PLANES,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from halfbyte.backends.cpu.kernels.emitter import F32, I8, I32, Emitter, Value
-from halfbyte.backends.cpu.kernels.levels import Level
+from halfbyte.backends.cpu.kernels.level import Level
 from halfbyte.backends.cpu.kernels.quantize import UNIT, Blocks
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, store_float
 

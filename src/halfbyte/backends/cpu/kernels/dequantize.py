@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from halfbyte.backends.cpu.kernels.emitter import F32, I8, Emitter, Type, Value
-from halfbyte.backends.cpu.kernels.levels import CHUNK, TABLE_EXACT, Level
+from halfbyte.backends.cpu.kernels.level import CHUNK, TABLE_EXACT, Level
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, round_to, store_float
 
 __all__ = ["ARGUMENTS", "emit"]

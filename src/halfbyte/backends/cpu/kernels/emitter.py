@@ -11,7 +11,7 @@ Loops keep their variables in stack slots; LLVM turns those into registers.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -274,6 +274,11 @@ class Emitter:
         listed = ", ".join(f"{a.type} {a.name}" for a in arguments)
         return self.emit(type_, f"call {flags} {type_} @{name}({listed})")
 
+    def effect(self, name: str, arguments: Sequence[Value]) -> None:
+        """Call the intrinsic ``name``, which returns nothing; it is declared on first use."""
+        self._declared.setdefault(name, f"declare void @{name}({', '.join(str(a.type) for a in arguments)})")
+        self.line(f"call void @{name}({', '.join(f'{a.type} {a.name}' for a in arguments)})")
+
     def fma(self, a: Value, b: Value, c: Value) -> Value:
         """``a * b + c``, in one rounding where the CPU can."""
         return self.call(f"llvm.fmuladd.{a.type.suffix}", a.type, [a, b, c])
@@ -301,6 +306,15 @@ class Emitter:
     def _at(self, address: Value, type_: Type) -> str:
         pointer = self.pointer(type_)
         return f"{pointer} {self.emit(I64, f'inttoptr i64 {address.name} to {pointer}').name}"
+
+    def as_pointer(self, address: Value) -> Value:
+        """The address as intrinsics take it."""
+        pointer = Type(self.pointer(I8))
+        return self.emit(pointer, f"inttoptr i64 {address.name} to {pointer}")
+
+    def fetch_add(self, address: Value, count: int) -> Value:
+        """Add to the i64 at ``address``, whoever else does so at the same time, and return what it was."""
+        return self.emit(I64, f"atomicrmw add {self._at(address, I64)}, i64 {count} monotonic")
 
     def load(self, type_: Type, address: Value) -> Value:
         """Load from any alignment."""
@@ -357,17 +371,17 @@ class Emitter:
         return self._word(FIRST + self._arguments.index(name))
 
     @contextmanager
-    def pieces(self) -> Iterator[Value]:
-        """Run the body for every piece of work that this thread gets; then the function returns."""
+    def pieces(self, after: Callable[[], None] = lambda: None) -> Iterator[Value]:
+        """Run the body for every piece of work that this thread gets; then what ``after`` writes; then it returns."""
         count = self._word(PIECES)
         again, body, end = self.fresh("again"), self.fresh("body"), self.fresh("end")
         self.line(f"br label {again}")
         self._label(again)
-        counter = self._at(Value(self, I64, "%block"), I64)
-        piece = self.emit(I64, f"atomicrmw add {counter}, i64 1 monotonic")
+        piece = self.fetch_add(Value(self, I64, "%block"), 1)
         self.line(f"br i1 {self.compare('slt', piece, count).name}, label {body}, label {end}")
         self._label(body)
         yield piece
         self.line(f"br label {again}")
         self._label(end)
+        after()
         self.line("ret void")

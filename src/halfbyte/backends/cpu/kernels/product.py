@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from halfbyte.backends.cpu.kernels.emitter import F32, I64, Emitter, Type, Value
-from halfbyte.backends.cpu.kernels.levels import CHUNK, CHUNK_BYTES, Level
+from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, Level
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
 __all__ = ["ARGUMENTS", "PREPARE_ARGUMENTS", "emit", "emit_prepare"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from halfbyte.backends.cpu.kernels.emitter import F32, Emitter, Type, Value
-from halfbyte.backends.cpu.kernels.levels import Level
+from halfbyte.backends.cpu.kernels.level import Level
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float
 
 __all__ = ["ARGUMENTS", "Blocks", "emit"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from halfbyte.backends.cpu.kernels.emitter import F32, I8, Emitter, Type, Value
-from halfbyte.backends.cpu.kernels.levels import Level
+from halfbyte.backends.cpu.kernels.level import Level
 
 __all__ = ["ITEMSIZE", "Scales", "load_float", "round_to", "store_float"]
 
