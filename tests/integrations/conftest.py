@@ -29,6 +29,12 @@ LLAMA = LlamaConfig(
 )
 
 
+def tiny_llama() -> LlamaForCausalLM:
+    """A Llama of one block of square attention layers, for tests of many cases."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_key_value_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA.to_dict(), **sizes, "head_dim": 16}))
+
+
 @pytest.fixture(scope="package", autouse=True)
 def bnb() -> Iterator[ModuleType]:
     """``bitsandbytes``, which is halfbyte; gone again after this folder's tests."""

@@ -48,8 +48,14 @@ def refresh(version: str) -> None:
 def watch() -> None:
     """Add what halfbyte adds to transformers and peft as soon as they are loaded."""
     after_import("transformers.quantizers.auto", _extend_quantizers)
+    after_import("peft.tuners.lora.layer", _extend_peft_experts)
     after_import("transformers.utils.quantization_config", _extend_config)
-    after_import("peft.tuners.randlora.bnb", _extend_peft)
+    after_import("peft.tuners.randlora.bnb", _extend_randlora)
+    after_import("peft.utils.loftq_utils", _extend_loftq)
+
+
+def _extend_peft_experts() -> None:
+    importlib.import_module("halfbyte.integrations.peft_experts").extend()
 
 
 def _extend_quantizers() -> None:
@@ -62,8 +68,12 @@ def _extend_config() -> None:
         importlib.import_module("halfbyte.integrations.transformers_embeddings").extend_config(config)
 
 
-def _extend_peft() -> None:
-    importlib.import_module("halfbyte.integrations.peft").extend()
+def _extend_randlora() -> None:
+    importlib.import_module("halfbyte.integrations.peft").extend_randlora()
+
+
+def _extend_loftq() -> None:
+    importlib.import_module("halfbyte.integrations.peft").extend_loftq()
 
 
 def _renew_globals() -> None:
@@ -87,4 +97,4 @@ def _renew_peft_layers() -> None:
             if not any("Linear4bit" in public for public in vars(module)):
                 importlib.reload(module)
                 if name == "peft.tuners.randlora.bnb":
-                    _extend_peft()
+                    _extend_randlora()
