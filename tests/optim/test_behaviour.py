@@ -394,3 +394,29 @@ def test_settings_may_come_as_an_object() -> None:
 def test_an_unknown_argument_error_names_the_known_ones() -> None:
     with pytest.raises(ArgumentError, match="block_wise, capturable, percentile_clipping, stochastic_rounding"):
         optim.Lion([torch.nn.Parameter(torch.zeros(3))], foreach=True)
+
+
+def test_capturable_steps_are_counted_together_and_apart_after_a_load() -> None:
+    net = model()
+    optimizer = make("AdamW8bit", net.parameters(), capturable=True)
+    run(net, optimizer, range(3))
+    assert len({id(entry["step"]) for entry in optimizer.state.values()}) == 1
+    assert {float(entry["step"]) for entry in optimizer.state.values()} == {3.0}
+    other = make("AdamW8bit", net.parameters(), capturable=True)
+    other.load_state_dict(optimizer.state_dict())
+    assert len({id(entry["step"]) for entry in other.state.values()}) == 1
+    run(net, other, range(1))
+    assert float(other.state[net[0].weight]["step"]) == 4.0
+    assert float(optimizer.state[net[0].weight]["step"]) == 3.0
+
+
+def test_the_reference_of_ademamix_is_what_the_others_compute() -> None:
+    from halfbyte.optim.ademamix import _ReferenceAdEMAMix
+
+    net = model()
+    other = copy.deepcopy(net)
+    schedule = {"t_alpha": 4, "t_beta3": 4, "betas": (0.9, 0.99, 0.999)}
+    run(net, _ReferenceAdEMAMix(net.parameters(), lr=1e-3, **schedule), range(6))
+    run(other, make("AdEMAMix32bit", other.parameters(), lr=1e-3, **schedule), range(6))
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)

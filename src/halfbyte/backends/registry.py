@@ -23,6 +23,7 @@ __all__ = [
     "explain",
     "implements",
     "kernel",
+    "prepare",
     "register",
     "select",
     "undisturbed",
@@ -72,6 +73,7 @@ class _Implementation:
     backend: Backend
     function: Callable[..., Any]
     declines: Declines | None
+    prepare: Callable[..., Callable[..., None] | None] | None = None
 
 
 _backends: dict[str, Backend] = {}
@@ -108,7 +110,10 @@ def unregister(name: str) -> None:
 
 
 def implements(
-    backend: str, op: str, declines: Declines | None = None
+    backend: str,
+    op: str,
+    declines: Declines | None = None,
+    prepare: Callable[..., Callable[..., None] | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the function with which ``backend`` computes ``op`` (``"gemm_4bit"``, ``"gemm_4bit.out"``).
 
@@ -116,6 +121,7 @@ def implements(
         backend: Name of a registered backend.
         op: Name of a defined op.
         declines: Same arguments as the op; returns why this call is left to the next backend, else None.
+        prepare: Takes what stays the same between calls, returns what repeats them, or None; see :func:`prepare`.
 
     Raises:
         ArgumentError: No such op or backend.
@@ -126,7 +132,7 @@ def implements(
         raise ArgumentError(f"backend {backend!r} is not registered", expected=f"one of {', '.join(_backends)}")
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        _implementations.setdefault(op, {})[backend] = _Implementation(_backends[backend], function, declines)
+        _implementations.setdefault(op, {})[backend] = _Implementation(_backends[backend], function, declines, prepare)
         _candidates.clear()
         return function
 
@@ -152,6 +158,22 @@ def explain(op: str, *args: Any, **kwargs: Any) -> list[Verdict]:
             reason = implementation.declines(*args, **kwargs)
         verdicts.append(Verdict(backend.name, reason))
     return verdicts
+
+
+def prepare(op: str, *args: Any) -> Callable[..., None] | None:
+    """What repeats a call that was made before, on the same tensors, with other numbers.
+
+    Args:
+        op: Its name.
+        args: Those that the backend's ``prepare`` takes.
+
+    Returns:
+        None where the backend that comes first does not offer it, or would leave this call to another.
+    """
+    for implementation in _candidates.get((op, _device_of(args, {})), ())[:1]:
+        if implementation.prepare is not None:
+            return implementation.prepare(*args)
+    return None
 
 
 def select(op: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:

@@ -13,21 +13,19 @@ from torch import Tensor
 from halfbyte import backends as _backends  # defines and binds the ops
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats.dynamic import dynamic_map
-from halfbyte.optim import buckets, clipping, serialization, sharding
+from halfbyte.optim import buckets, clipping, paging, serialization, sharding
 from halfbyte.optim import state as storage
 from halfbyte.optim.hyper import hyper_tensor, least
 from halfbyte.optim.manager import GlobalOptimManager, MockArgs
 from halfbyte.optim.naming import NamedType
 from halfbyte.optim.options import Options
+from halfbyte.optim.plans import Plan, Source
 from halfbyte.rules import Rule, rule_named
 
 __all__ = ["Optimizer8bit"]
 
 _ops = torch.ops.halfbyte
 del _backends
-
-_PAGED_FROM = 100_000
-"""Values from which a paged optimizer pages a state."""
 
 _KEPT = (
     "args",
@@ -54,6 +52,10 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
 
     optimizer_name: str
     args: Any
+    _FSDP_WRAPPED_QUANT_STATE_KEY = storage.WRAPPER
+    _plan: Plan | None = None
+    _pagers: dict[torch.device, paging.Pager]
+    _warned = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], optim_bits: int = 32, is_paged: bool = False) -> None:
         super().__init__(params, defaults)
@@ -64,16 +66,19 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         self.non_castable_tensor_keys = set(storage.NON_CASTABLE)
         self.options = Options()
         self.bias_correction = True
+        self._pagers = {}
         if optim_bits == 8:
-            self.fillusual_map()
+            self.fill_qmap()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.finish_paging()
         # torch keeps only groups, defaults and states.
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in _KEPT}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.mng = GlobalOptimManager.get_instance()
+        self._plan, self._pagers = None, {}
 
     # Settings
 
@@ -99,7 +104,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
                 }
             )
 
-    def fillusual_map(self) -> None:
+    def fill_qmap(self) -> None:
         """Make the two code maps."""
         self.name2qmap["dynamic"] = torch.from_numpy(dynamic_map(signed=True))
         self.name2qmap["udynamic"] = torch.from_numpy(dynamic_map(signed=False))
@@ -108,7 +113,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         """The code map of states that can be negative, or of those that cannot."""
         name = "dynamic" if signed else "udynamic"
         if name not in self.name2qmap:
-            self.fillusual_map()
+            self.fill_qmap()
         if self.name2qmap[name].device != device:
             self.name2qmap[name] = self.name2qmap[name].to(device)
         return self.name2qmap[name]
@@ -139,6 +144,17 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
             if id(weight) in own:
                 self.mng.override_config(weight, key_value_dict=dict(config))
 
+    def fingerprint(self) -> tuple[Any, ...]:
+        """What settings of single parameters hang on, beside their groups."""
+        args = self.args
+        kept = tuple(getattr(args, name, None) for name in ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros"))
+        return (self.mng.changes, self.options, self.optimizer_name, self.bias_correction, *kept)
+
+    def settings_at(self, source: Source, step: Any) -> dict[str, Any]:
+        """Numbers of a step, as :func:`halfbyte.rules.hyper` takes them."""
+        gindex, pindex, group = source
+        return self._settings(self.get_config(gindex, pindex, group), step)
+
     def _settings(self, config: dict[str, Any], step: Any) -> dict[str, Any]:
         betas = config["betas"]
         beta1, beta2, beta3 = (*betas, 0.0)[:3] if len(betas) < 3 else betas
@@ -163,16 +179,49 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
     def get_state_buffer(self, p: Tensor, dtype: torch.dtype = torch.float32, parts: int = 0) -> Tensor:
         """Zeros for a state of ``p``; ``parts`` of them stacked, if not 0.
 
-        On the CPU a paged optimizer has nothing to page: it warns once and uses ordinary memory.
+        A paged optimizer keeps large states of CUDA parameters in pinned host memory. Elsewhere it warns once and uses
+        the device's own.
         """
-        if self.is_paged and not getattr(self, "_warned", False):
+        if self.is_paged and paging.pageable(p):
+            shape = (parts, *p.shape) if parts else tuple(p.shape)
+            made = paging.pinned_zeros(shape, dtype, type(self).__name__)
+            if made is not None:
+                return made
+        elif self.is_paged and p.device.type != "cuda" and not self._warned:
             self._warned = True
+            why = "On the CPU there is nothing to page: states are in host memory already"
+            if p.device.type != "cpu":
+                why = "Paging needs CUDA"
             warnings.warn(
-                f"{type(self).__name__}: states are in ordinary memory of {p.device.type!r}, not paged. "
-                "On the CPU there is nothing to page: states are in host memory already",
+                f"{type(self).__name__}: states are in ordinary memory of {p.device.type!r}, not paged. {why}",
                 stacklevel=3,
             )
         return sharding.zeros_like(p, dtype, parts)
+
+    def _pages(self, p: Tensor, state: dict[str, Any]) -> bool:
+        """Whether the states of ``p`` are in host memory, and ``p`` is not."""
+        return self.is_paged and state["state1"].device.type == "cpu" and paging.pageable(p)
+
+    def _pager(self, device: torch.device) -> paging.Pager:
+        if device not in self._pagers:
+            self._pagers[device] = paging.Pager(device)
+        return self._pagers[device]
+
+    def finish_paging(self) -> None:
+        """Wait until paged states in host memory are those of the last step; ``state_dict`` does so itself."""
+        for pager in self._pagers.values():
+            pager.finish()
+
+    def to_gpu(self) -> None:
+        """Move every state to its parameter's device, large ones of a paged optimizer to pinned host memory."""
+        self.finish_paging()
+        self._plan = None
+        for p, state in self.state.items():
+            if "state1" in state:
+                serialization.place(state, p, self.is_paged)
+
+    def prefetch_state(self, p: Tensor) -> None:
+        """Kept for subclasses that call it: paged states are fetched piece by piece while others are stepped."""
 
     def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         """Zero states for ``p``, in 8 bits where the settings say so and the whole parameter is large enough.
@@ -197,7 +246,9 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
     def _first_step(self, p: Tensor) -> Any:
         if not self.options.capturable:
             return 0
-        return torch.zeros((), dtype=torch.float32, device=p.device)
+        if p.device not in self._counters:
+            self._counters[p.device] = torch.zeros((), dtype=torch.float32, device=p.device)
+        return self._counters[p.device]
 
     # The step
 
@@ -220,6 +271,8 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
             with torch.enable_grad():
                 loss = closure()
         self._prepare()
+        if self._plan is not None and self._plan.repeat(self):
+            return loss
         chosen = [
             (group, p, gindex, pindex)
             for gindex, group in enumerate(self.param_groups)
@@ -230,7 +283,8 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
             for group, p, gindex, pindex in chosen:
                 self.step_one(group, p, gindex, pindex)
         else:
-            self._update(chosen)
+            assigned = self._update(chosen)
+            self._plan = Plan(self, assigned) if assigned and Plan.possible(self, assigned) else None
         return loss
 
     @torch.no_grad()
@@ -261,24 +315,46 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         state = self.state[p]
         if "state1" not in state:
             self.init_state(group, p, gindex, pindex)
-        if state["state1"].device != p.device:
+        if state["state1"].device != p.device and not self._pages(p, state):
             serialization.move(state, p.device)
         return state
 
-    def _update(self, chosen: Iterable[tuple[dict[str, Any], Tensor, int, int]]) -> None:
+    def _update(
+        self, chosen: Iterable[tuple[dict[str, Any], Tensor, int, int]]
+    ) -> list[tuple[Tensor, buckets.Bucket, Source]]:
+        """Step these parameters; returns the bucket of each."""
         found: dict[Hashable, buckets.Bucket] = {}
+        assigned: list[tuple[Tensor, buckets.Bucket, Source]] = []
+        known: dict[Hashable, dict[str, Any]] = {}
+        counted: set[int] = set()
+        # On the device, all parameters that begin together count with one tensor.
+        self._counters: dict[torch.device, Tensor] = {}
         for group, p, gindex, pindex in chosen:
             state = self._ensure_state(group, p, gindex, pindex)
-            state["step"] += 1
-            self._assign(found, p, state, self.get_config(gindex, pindex, group))
-        buckets.run(found.values(), lambda bucket: self._hyper(bucket.settings, bucket.device))
+            if not isinstance(state["step"], Tensor) or id(state["step"]) not in counted:
+                counted.add(id(state["step"]))
+                state["step"] += 1
+            config = self.get_config(gindex, pindex, group)
+            step = id(state["step"]) if isinstance(state["step"], Tensor) else state["step"]
+            key = (gindex, id(self.mng.pid2config.get(id(p))), step)
+            if key not in known:
+                known[key] = self._settings(config, state["step"])
+            bucket = self._assign(found, p, state, config, dict(known[key]))
+            assigned.append((p, bucket, (gindex, pindex, group)))
+        buckets.run(found.values(), self.hyper_of)
+        return assigned
 
     def _assign(
-        self, found: dict[Hashable, buckets.Bucket], p: Tensor, state: dict[str, Any], config: dict[str, Any]
-    ) -> None:
+        self,
+        found: dict[Hashable, buckets.Bucket],
+        p: Tensor,
+        state: dict[str, Any],
+        config: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> buckets.Bucket:
         assert p.grad is not None
         rule, eight, part = self.rule, storage.is_8bit(state), sharding.part_of(p)
-        settings = self._settings(config, state["step"])
+        paged = self._pages(p, state)
         param, grad = sharding.local(p.detach()), sharding.local(p.grad.detach())
         absmax = storage.absmax_of(state, rule) if eight else []
         maps = storage.maps_of(state, rule) if eight else []
@@ -295,15 +371,25 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
             blocksize,
             config["skip_zeros"],
             id(part.group),
+            paged,
             *map(id, maps),
             *(id(value) if isinstance(value, Tensor) else value for value in settings.values()),
         )
         if key not in found:
-            bucket = buckets.Bucket(rule, settings, config["skip_zeros"], blocksize, maps, param.device)
-            if self.options.stochastic_rounding:
-                bucket.seed = int(state["step"]) * 40503 & 0x7FFFFFFF
+            bucket = buckets.Bucket(rule, settings, config["skip_zeros"], blocksize, maps, param.device, state["step"])
+            bucket.seed = self.seed_of(state["step"])
+            bucket.pager = self._pager(p.device) if paged else None
             found[key] = bucket
-        found[key].add(part, param, grad, storage.states_of(state, rule), absmax)
+        found[key].add(part, param, grad, storage.states_of(state, rule), absmax, id(p))
+        return found[key]
+
+    def seed_of(self, step: Any) -> int:
+        """Seed of random rounding in that step; -1 for none."""
+        return int(step) * 40503 & 0x7FFFFFFF if self.options.stochastic_rounding else buckets.NEAREST
+
+    def hyper_of(self, bucket: buckets.Bucket) -> Tensor:
+        """A bucket's numbers as the tensor that ops take."""
+        return self._hyper(bucket.settings, bucket.device)
 
     def _hyper(self, settings: dict[str, Any], device: torch.device) -> Tensor:
         return hyper_tensor(device, **settings, bias_correction=self.bias_correction)
@@ -312,7 +398,9 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         """Factor that keeps the update's norm below ``max_unorm`` times the parameter's: LARS' and LAMB's bound."""
         rule, max_unorm = self.rule, config["max_unorm"]
         param = sharding.local(p.detach())
-        states = storage.states_of(state, rule)
+        if self._pages(p, state):
+            self.finish_paging()
+        states = [one.to(p.device) for one in storage.states_of(state, rule)]
         if storage.is_8bit(state):
             scales = storage.absmax_of(state, rule)
             blocksize = storage.blocksize_here(p, scales[0])
@@ -336,6 +424,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, with each parameter's tensors under one key, as bitsandbytes has it since 0.49."""
+        self.finish_paging()
         return serialization.wrapped(super().state_dict(), self)
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -348,6 +437,8 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         Raises:
             CheckpointError: It does not fit the parameters or the algorithm.
         """
+        self.finish_paging()
+        self._plan = None
         super().load_state_dict(serialization.held(state_dict))
         serialization.release(self, move_to_device)
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.backends import registry
 from halfbyte.ops.optimizer import NEAREST
 from halfbyte.optim.edges import Edge, Edges, agree, split
+from halfbyte.optim.paging import Pager, loads
 from halfbyte.optim.sharding import Part
 from halfbyte.rules import Rule
 
@@ -31,6 +33,10 @@ class Bucket:
         blocksize: Values per block of 8-bit states; 0 for fp32 ones.
         maps: Code map of each 8-bit state.
         device: Of the parameters.
+        step_number: Of the step that is taken; a tensor where steps are counted on the device.
+        pager: Where the states are in host memory.
+        owners: Ids of the parameters in ``params``.
+        prepared: Repeats the call with other numbers.
         edges: Blocks that are shared with other processes.
     """
 
@@ -40,19 +46,40 @@ class Bucket:
     blocksize: int
     maps: list[Tensor]
     device: torch.device
+    step_number: Any = 0
+    pager: Pager | None = None
     seed: int = NEAREST
+    owners: set[int] = field(default_factory=set[int])
     params: list[Tensor] = field(default_factory=list[Tensor])
     grads: list[Tensor] = field(default_factory=list[Tensor])
     states: list[Tensor] = field(default_factory=list[Tensor])
     absmax: list[Tensor] = field(default_factory=list[Tensor])
     edges: Edges | None = None
+    prepared: Callable[[Tensor, int], None] | None = None
 
-    def add(self, part: Part, param: Tensor, grad: Tensor, states: list[Tensor], absmax: list[Tensor]) -> None:
-        """Take in what this process holds of a parameter; ``absmax`` is empty for fp32 states."""
+    @property
+    def repeats(self) -> bool:
+        """Whether another step may use this bucket, with other numbers."""
+        return self.pager is None and self.edges is None and not {"grad_scale", "update_scale"} & self.settings.keys()
+
+    def add(
+        self, part: Part, param: Tensor, grad: Tensor, states: list[Tensor], absmax: list[Tensor], owner: int = 0
+    ) -> None:
+        """Take in what this process holds of a parameter; ``absmax`` is empty for fp32 states.
+
+        Args:
+            part: Which values that is.
+            param: The local parameter.
+            grad: Its gradient.
+            states: Its states.
+            absmax: Their scales.
+            owner: Id of the parameter, to find it again.
+        """
         shared = part.shared(self.blocksize) if self.blocksize and part.group is not None else []
         if shared:
             self._add_cut(part, shared, param, grad, states, absmax)
         elif param.numel():
+            self.owners.add(owner)
             self.params.append(param)
             self.grads.append(grad)
             self.states += states
@@ -83,15 +110,52 @@ class Bucket:
 
     def step(self, hyper: Tensor) -> None:
         """Step everything but the edges."""
-        name, skip, seed = self.rule.name, self.skip_zeros, self.seed
         if not self.params:
             return
-        if self.blocksize:
-            _ops.optimizer_step_8bit(
-                self.params, self.grads, self.states, self.absmax, self.maps, hyper, self.blocksize, name, skip, seed
-            )
+        if self.pager is not None:
+            self._step_paged(self.pager, hyper)
+        elif self.prepared is not None and registry.undisturbed(self.params[0]):
+            self.prepared(hyper, self.seed)
         else:
-            _ops.optimizer_step_32bit(self.params, self.grads, self.states, hyper, name, skip, seed)
+            self._call(self.params, self.grads, self.states, self.absmax, hyper, self.seed)
+
+    def prepare(self) -> None:
+        """Let the backend keep what it can of the call, for :meth:`step` to repeat it."""
+        if not registry.undisturbed(self.params[0]):
+            return
+        lists, rest = (self.params, self.grads, self.states), (self.rule.name, self.skip_zeros)
+        if self.blocksize:
+            more = (self.absmax, self.maps, self.blocksize)
+            self.prepared = registry.prepare("optimizer_step_8bit", *lists, *more, *rest)
+        else:
+            self.prepared = registry.prepare("optimizer_step_32bit", *lists, *rest)
+
+    def _call(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[Tensor],
+        absmax: list[Tensor],
+        hyper: Tensor,
+        seed: int,
+    ) -> None:
+        name, skip = self.rule.name, self.skip_zeros
+        if self.blocksize:
+            _ops.optimizer_step_8bit(params, grads, states, absmax, self.maps, hyper, self.blocksize, name, skip, seed)
+        else:
+            _ops.optimizer_step_32bit(params, grads, states, hyper, name, skip, seed)
+
+    def _step_paged(self, pager: Pager, hyper: Tensor) -> None:
+        hyper, draws = hyper.to(self.device, non_blocking=True), iter(range(1 << 31))
+        pager.run(
+            loads(self.params, self.grads, self.states, self.absmax, self.blocksize),
+            len(self.rule.signed),
+            self.states[0].dtype,
+            # Each load counts its elements from 0, so each draws by a seed of its own.
+            lambda *lists: self._call(
+                *lists, hyper, self.seed if self.seed < 0 else (self.seed + next(draws)) & 0x7FFFFFFF
+            ),
+        )
 
     def step_edges(self, edges: Edges, hyper: Tensor) -> list[Tensor]:
         """Step the edges' values in fp32; returns the new states (edges, blocksize)."""

@@ -40,6 +40,7 @@ class GlobalOptimManager:
 
     def initialize(self) -> None:
         """Forget every override."""
+        self.changes = getattr(self, "changes", 0) + 1
         self.pid2config: dict[int, dict[str, Any]] = {}
         self.index2config: dict[tuple[int, int], dict[str, Any]] = {}
         self.optimizer: Any = None
@@ -89,6 +90,7 @@ class GlobalOptimManager:
             ArgumentError: Both a key and a dict.
         """
         self.uses_config_override = True
+        self.changes += 1
         chosen = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if key is not None and value is not None:
             if key_value_dict is not None:

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from halfbyte.optim import sharding
+from halfbyte.optim import paging, sharding
 from halfbyte.optim import state as storage
 
 if TYPE_CHECKING:
     from halfbyte.optim.base import Optimizer8bit
 
-__all__ = ["held", "move", "release", "wrapped"]
+__all__ = ["held", "move", "place", "release", "wrapped"]
 
 
 class _Held:
@@ -60,6 +60,7 @@ def held(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def release(optimizer: Optimizer8bit, move_to_device: bool) -> None:
     """Turn what :func:`held` made into states: checked, copied, on the parameters' devices."""
+    counters: dict[Any, Tensor] = {}
     for p, carrier in list(optimizer.state.items()):
         if not isinstance(carrier, _Held):
             continue
@@ -71,19 +72,22 @@ def release(optimizer: Optimizer8bit, move_to_device: bool) -> None:
         blocksize = storage.blocksize_of(p.numel(), entries["absmax1"].shape[-1]) if "absmax1" in entries else 0
         sharding.localize(entries, p, blocksize)
         if move_to_device:
-            move(entries, p.device)
-        _normalize(entries, p, optimizer)
+            place(entries, p, optimizer.is_paged)
+        _normalize(entries, p, optimizer, counters)
 
 
 def _copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _normalize(entries: dict[str, Any], p: Tensor, optimizer: Optimizer8bit) -> None:
+def _normalize(entries: dict[str, Any], p: Tensor, optimizer: Optimizer8bit, counters: dict[Any, Tensor]) -> None:
     """The step as this optimizer counts it; maps shared where they are the usual ones; contiguous tensors."""
     step, capturable = entries.get("step", 0), optimizer.options.capturable
     if capturable:
-        entries["step"] = torch.as_tensor(step, dtype=torch.float32).to(p.device)
+        # Parameters that have taken as many steps go on counting with one tensor.
+        entries["step"] = counters.setdefault(
+            (p.device, float(step)), torch.as_tensor(step, dtype=torch.float32).to(p.device).clone()
+        )
     else:
         entries["step"] = int(step)
     for key in ("qmap1", "qmap2"):
@@ -96,8 +100,21 @@ def _normalize(entries: dict[str, Any], p: Tensor, optimizer: Optimizer8bit) -> 
                 entries[key] = usual
 
 
+def place(entries: dict[str, Any], p: Tensor, paged: bool) -> None:
+    """Move a state to where its parameter is; paged ones, if large, to pinned host memory."""
+    if not (paged and paging.pageable(p)):
+        move(entries, p.device)
+        return
+    for key, value in entries.items():
+        if key in {"state1", "state2"}:
+            made = paging.pinned_zeros(value.shape, value.dtype, "load_state_dict")
+            entries[key] = value.to(p.device) if made is None else made.copy_(value)
+        elif isinstance(value, Tensor):
+            entries[key] = value.to(p.device)
+
+
 def move(entries: dict[str, Any], device: torch.device) -> None:
-    """Move every tensor of a state, except one that pages itself."""
+    """Move every tensor of a state."""
     for key, value in entries.items():
         if isinstance(value, Tensor):
             entries[key] = value.to(device)

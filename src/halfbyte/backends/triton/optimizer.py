@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,58 +168,90 @@ def _rows(
     return tuple(rows)
 
 
-def _launch(
+def _prepared(
     params: list[Tensor],
     grads: list[Tensor],
     states: list[Tensor],
     absmax: list[Tensor],
     maps: list[Tensor],
-    hyper: Tensor,
     blocksize: int,
     name: str,
     skip_zeros: bool,
-    seed: int,
-) -> None:
-    kernel: Any = kernels._optimizer_kernel
+) -> Callable[[Tensor, int], None]:
+    """The launches of a step, with all that stays the same from step to step; takes ``hyper`` and ``seed``."""
     rule = rule_named(name)
     count, device = len(rule.signed), params[0].device
     found = [one for one in map(_find, maps) if not isinstance(one, str)]
     kinds = [one.kind for one in found] + [0] * (3 - len(maps))
+    codes = [code.contiguous() for code in maps]
     ptx = device.type == "cuda" and torch.version.hip is None
     with on_device(device.index):
-        numbers = hyper.to(device, non_blocking=True)
-        unused = [numbers] * (3 - len(maps))
-        codes, cuts = [code.contiguous() for code in maps] + unused, [one.cuts for one in found] + unused
-        for (p, g), places in _groups(params, grads).items():
-            for launch in plan(_rows(places, params, grads, states, absmax, count), device):
+        launches = [
+            (launch, p, g)
+            for (p, g), places in _groups(params, grads).items()
+            for launch in plan(_rows(places, params, grads, states, absmax, count), device)
+        ]
+    kernel: Any = kernels._optimizer_kernel
+    constants = {
+        "RULE": function_of(rule.name, ptx),
+        "STATES": count,
+        "COUPLED": rule.decay == "coupled",
+        **{f"KIND{number}": kind for number, kind in enumerate(kinds)},
+        "EIGHT": bool(maps),
+        "SKIP_ZEROS": skip_zeros,
+        "PTX": ptx,
+        "BLOCKSIZE": blocksize,
+        "ROWS": VALUES // blocksize,
+        "num_warps": WARPS,
+        "enable_fp_fusion": False,
+    }
+
+    def run(hyper: Tensor, seed: int) -> None:
+        with on_device(device.index):
+            numbers = hyper.to(device, non_blocking=True)
+            unused = [numbers] * (3 - len(maps))
+            tables = (*codes, *unused, *(one.cuts for one in found), *unused)
+            for launch, p, g in launches:
                 kernel[(launch.owners.numel(),)](
                     launch.table,
                     launch.owners,
                     numbers,
                     max(seed, 0),
-                    *codes,
-                    *cuts,
-                    RULE=function_of(rule.name, ptx),
-                    STATES=count,
-                    COUPLED=rule.decay == "coupled",
+                    *tables,
                     P=TYPES[p],
                     G=TYPES[g],
-                    KIND0=kinds[0],
-                    KIND1=kinds[1],
-                    KIND2=kinds[2],
-                    EIGHT=bool(maps),
                     MASKED=launch.masked,
-                    SKIP_ZEROS=skip_zeros,
                     RANDOM=seed >= 0 and p == torch.bfloat16,
-                    PTX=ptx,
-                    BLOCKSIZE=blocksize,
-                    ROWS=VALUES // blocksize,
-                    num_warps=WARPS,
-                    enable_fp_fusion=False,
+                    **constants,
                 )
 
+    return run
 
-@implements("triton", "optimizer_step_32bit", declines=_declines_32bit)
+
+def _prepare_32bit(
+    params: list[Tensor], grads: list[Tensor], states: list[Tensor], rule: str, skip_zeros: bool
+) -> Callable[[Tensor, int], None] | None:
+    if _declines(params, [*params, *grads, *states]) is not None:
+        return None
+    return _prepared(params, grads, states, [], [], VALUES, rule, skip_zeros)
+
+
+def _prepare_8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[Tensor],
+    absmax: list[Tensor],
+    maps: list[Tensor],
+    blocksize: int,
+    rule: str,
+    skip_zeros: bool,
+) -> Callable[[Tensor, int], None] | None:
+    if _declines_8bit(params, grads, states, absmax, maps, params[0], blocksize) is not None:
+        return None
+    return _prepared(params, grads, states, absmax, maps, blocksize, rule, skip_zeros)
+
+
+@implements("triton", "optimizer_step_32bit", declines=_declines_32bit, prepare=_prepare_32bit)
 def optimizer_step_32bit(
     params: list[Tensor],
     grads: list[Tensor],
@@ -229,10 +262,10 @@ def optimizer_step_32bit(
     seed: int = -1,
 ) -> None:
     """Step every parameter and its fp32 states in place, one launch for each pair of dtypes."""
-    _launch(params, grads, states, [], [], hyper, VALUES, rule, skip_zeros, seed)
+    _prepared(params, grads, states, [], [], VALUES, rule, skip_zeros)(hyper, seed)
 
 
-@implements("triton", "optimizer_step_8bit", declines=_declines_8bit)
+@implements("triton", "optimizer_step_8bit", declines=_declines_8bit, prepare=_prepare_8bit)
 def optimizer_step_8bit(
     params: list[Tensor],
     grads: list[Tensor],
@@ -246,4 +279,4 @@ def optimizer_step_8bit(
     seed: int = -1,
 ) -> None:
     """Step every parameter and its 8-bit states in place, one launch for each pair of dtypes."""
-    _launch(params, grads, states, absmax, maps, hyper, blocksize, rule, skip_zeros, seed)
+    _prepared(params, grads, states, absmax, maps, blocksize, rule, skip_zeros)(hyper, seed)

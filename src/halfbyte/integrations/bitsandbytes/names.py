@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from typing import Any
 
 from halfbyte._version import __version__
+from halfbyte.integrations.bitsandbytes.retired import advice_for_module, stand_in
 
 __all__ = [
     "FEATURES",
@@ -32,32 +34,80 @@ _OWN = "halfbyte.integrations.bitsandbytes"
 MODULES: dict[str, tuple[str, ...]] = {
     "": ("halfbyte.autograd",),
     "__main__": (),
+    "_ops": (f"{_OWN}.ops",),
     "autograd": ("halfbyte.autograd",),
     "autograd._functions": ("halfbyte.autograd",),
     "cextension": (f"{_OWN}.cextension",),
     "consts": (f"{_OWN}.consts",),
     "cuda_specs": (f"{_OWN}.cuda_specs",),
-    "functional": ("halfbyte.functional",),
+    "functional": ("halfbyte.functional", f"{_OWN}.legacy"),
     "nn": ("halfbyte.nn",),
     "nn.modules": ("halfbyte.nn",),
+    "nn.triton_based_modules": (f"{_OWN}.research",),
     "nn.parametrize": ("halfbyte.nn.parametrize",),
     "optim": ("halfbyte.optim",),
     "optim.adagrad": ("halfbyte.optim",),
     "optim.adam": ("halfbyte.optim",),
     "optim.adamw": ("halfbyte.optim",),
-    "optim.ademamix": ("halfbyte.optim",),
+    "optim.ademamix": ("halfbyte.optim", "halfbyte.optim.ademamix"),
     "optim.lamb": ("halfbyte.optim",),
     "optim.lars": ("halfbyte.optim",),
     "optim.lion": ("halfbyte.optim",),
     "optim.optimizer": ("halfbyte.optim",),
     "optim.rmsprop": ("halfbyte.optim",),
     "optim.sgd": ("halfbyte.optim",),
+    "research": (f"{_OWN}.research",),
+    "research.nn": (f"{_OWN}.research",),
+    "research.nn.modules": (f"{_OWN}.research",),
     "utils": (f"{_OWN}.helpers",),
 }
 """Module below ``bitsandbytes`` ("" is itself) -> the halfbyte modules in which its names are looked up, in order."""
 
-_ALIASES = {"modules": "nn.modules", "adam": "optim.adam"}
-"""Modules that bitsandbytes also offers at its top."""
+_ALIASES = {
+    "F": "functional",
+    "adam": "optim.adam",
+    "autograd._functions.F": "functional",
+    "modules": "nn.modules",
+    "nn.modules.bnb": "",
+    "optim.ademamix.F": "functional",
+    "optim.optimizer.F": "functional",
+}
+"""Modules that bitsandbytes also offers under other names."""
+
+_SWITCHBACK = (
+    "StandardLinear",
+    "SwitchBackLinear",
+    "SwitchBackLinearBnb",
+    "SwitchBackLinearGlobal",
+    "SwitchBackLinearVectorwise",
+)
+
+_ELSEWHERE: dict[str, dict[str, str]] = {
+    "": {"COMPILED_WITH_CUDA": f"{_OWN}.cextension", "_import_backends": f"{_OWN}.ops:load_backends"},
+    "cextension": {
+        **dict.fromkeys(("CUDASpecs", "get_cuda_specs", "get_cuda_version_tuple"), f"{_OWN}.cuda_specs"),
+        "DYNAMIC_LIBRARY_SUFFIX": f"{_OWN}.consts",
+        "PACKAGE_DIR": f"{_OWN}.consts",
+    },
+    "nn": dict.fromkeys(_SWITCHBACK, f"{_OWN}.research"),
+    "nn.modules": {
+        "GlobalOptimManager": "halfbyte.optim",
+        "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING": f"{_OWN}.helpers",
+        "OutlierTracer": f"{_OWN}.helpers",
+        "QuantState": "halfbyte.functional",
+        "T": f"{_OWN}.helpers:ModuleType",
+        "has_avx512bf16": f"{_OWN}.legacy",
+        **dict.fromkeys(_SWITCHBACK, f"{_OWN}.research"),
+    },
+    "optim.optimizer": {"sync_gpu": f"{_OWN}.helpers"},
+}
+"""Single names that are found elsewhere than their module's others; after a colon their name there."""
+
+_LOGGERS = frozenset({"autograd._functions", "cextension", "cuda_specs", "nn.modules", "optim.optimizer", "utils"})
+"""Modules with a ``logger`` of their own name."""
+
+_BELOW = {"functional": "functional", "nn.modules": "functional", "autograd": "autograd._functions", "nn": "nn.modules"}
+"""Where else a retired name may be listed: bitsandbytes imports some of them on."""
 
 
 def is_there(module: str) -> bool:
@@ -85,19 +135,31 @@ def lookup(module: str, name: str) -> Any:
     >>> lookup("nn.modules", "Params4bit") is lookup("nn", "Params4bit")
     True
     """
-    inner = f"{module}.{name}" if module else _ALIASES.get(name, name)
+    whole = f"{module}.{name}".lstrip(".")
+    inner = _ALIASES.get(whole, whole)
     if inner in MODULES and inner != "__main__" and is_there(inner):
-        return importlib.import_module(f"bitsandbytes.{inner}")
-    if not name.startswith("__"):
-        for home in MODULES[module]:
-            found = getattr(importlib.import_module(home), name, None)
-            if found is not None:
-                return found
-    raise AttributeError(missing(f"{module}.{name}".lstrip(".")))
+        return importlib.import_module(f"bitsandbytes.{inner}".rstrip("."))
+    if name.startswith("__"):
+        raise AttributeError(missing(whole))
+    if name == "logger" and module in _LOGGERS:
+        return logging.getLogger(f"bitsandbytes.{module}")
+    home, _, there = _ELSEWHERE.get(module, {}).get(name, "").partition(":")
+    for place in (home,) if home else MODULES[module]:
+        found = getattr(importlib.import_module(place), there or name, None) if _exists(place) else None
+        if found is not None:
+            return found
+    for place in (module, _BELOW.get(module)):
+        found = None if place is None else stand_in(f"{place}.{name}".lstrip("."))
+        if found is not None:
+            return found
+    raise AttributeError(missing(whole))
 
 
 def missing(what: str) -> str:
     """The text for a part of bitsandbytes that halfbyte does not offer."""
+    advice = advice_for_module(what)
+    if advice is not None:
+        return f"halfbyte offers no bitsandbytes.{what}\nhint: use {advice}"
     return (
         f"halfbyte {__version__} offers no bitsandbytes.{what}\n"
         "hint: `pip install -U halfbyte` if it is newer than yours; docs/compatibility.md lists what there is"
@@ -107,7 +169,7 @@ def missing(what: str) -> str:
 def public_names(module: str) -> list[str]:
     """What ``dir`` and ``import *`` show of ``bitsandbytes.<module>``."""
     names: set[str] = set()
-    for home in MODULES[module]:
+    for home in filter(_exists, MODULES[module]):
         found = importlib.import_module(home)
         names |= set(getattr(found, "__all__", None) or (n for n in vars(found) if not n.startswith("_")))
     prefix = f"{module}." if module else ""
