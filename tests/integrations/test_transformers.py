@@ -282,7 +282,10 @@ def test_loading_logs_the_receipt_in_one_line(llama_dir: Path, caplog: pytest.Lo
     assert receipt_lines(caplog) == [(logging.INFO, halfbyte.receipt(model, show=False).line())]
 
 
-def test_a_model_that_is_mostly_not_quantized_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_is_mostly_not_quantized_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HALFBYTE_QUANTIZE_EXPERTS", "0")
     config = MixtralConfig(
         hidden_size=64,
         intermediate_size=128,

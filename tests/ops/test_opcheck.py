@@ -49,6 +49,15 @@ def _embedding(dtype: torch.dtype, nested: bool) -> Call:
     return (torch.tensor([[0, N - 1], [3, 3]]), B, [N, K], absmax, BLOCK, "nf4", dtype, *extra), {}
 
 
+def _grouped(dtype: torch.dtype, nested: bool, transposed: bool) -> Call:
+    codes, state = F.quantize_4bit(weights(3 * N * K).view(3, N, K), None, None, BLOCK, nested, "nf4")
+    absmax, *extra = F.kernel_scales(state)
+    order, ends = ops.group_rows(torch.tensor([[0, 2], [2, 3], [0, 0]]), 3)
+    x = torch.randn(3, N if transposed else K, dtype=dtype)
+    bias = torch.randn(3, K if transposed else N, dtype=dtype)
+    return (x, codes, [3, N, K], order, ends, absmax, BLOCK, "nf4", transposed, bias, *extra), {}
+
+
 def _codes() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     code = F.create_dynamic_map()
     codes, absmax = ops.quantize_blockwise(weights(5 * 70).view(5, 70), code, 64)
@@ -93,6 +102,8 @@ CALLS: dict[str, Callable[[torch.dtype], list[Call]]] = {
     "embedding_4bit": lambda d: [_embedding(d, False), _embedding(d, True)],
     "gemm_4bit": lambda d: [_gemm(d, False), _gemm(d, True)],
     "gemm_4bit_dgrad": lambda d: [_dgrad(d, False), _dgrad(d, True)],
+    "gemm_4bit_grouped": lambda d: [_grouped(d, False, False), _grouped(d, True, True)],
+    "group_rows": lambda _: [((torch.tensor([[0, 2], [5, 1]]), 3), {})],
     "gemv_4bit": lambda d: [_gemv(d)],
     "gemv_4bit.out": lambda d: [_gemv(d, out=torch.zeros(1, N, dtype=d))],
     "quantize_blockwise": lambda d: [_quantize_blockwise(d)],
@@ -108,7 +119,7 @@ CALLS: dict[str, Callable[[torch.dtype], list[Call]]] = {
 
 
 def test_every_four_bit_blockwise_and_optimizer_op_is_checked_here() -> None:
-    here = ("_4bit", "_blockwise", "optimizer_")
+    here = ("_4bit", "_blockwise", "optimizer_", "group_rows")
     assert {name for name in defined_ops() if any(part in name for part in here)} == set(CALLS)
 
 

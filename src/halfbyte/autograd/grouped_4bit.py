@@ -1,4 +1,4 @@
-"""``grouped_matmul_4bit``: rows times their experts' packed 4-bit weights, with the gradient to the rows and the bias."""
+"""``grouped_matmul_4bit``: rows times their experts' packed 4-bit weights; gradients to the rows and the bias."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from halfbyte.checkpoint.keys import weight_of
 from halfbyte.checkpoint.reader import Checkpoint
 from halfbyte.checkpoint.writer import write
 from halfbyte.errors import CheckpointError
+from halfbyte.nn.experts_4bit import Experts4bit
 from halfbyte.nn.holds_4bit import Holds4bit
 from halfbyte.nn.holds_8bit import Holds8bit
 from halfbyte.quant_state import QuantState
@@ -91,7 +92,7 @@ def _check_shapes(module: torch.nn.Module, checkpoint: Checkpoint, states: Mappi
             continue
         shape, saved = tuple(own.shape), checkpoint.shape(name)
         if name in layers:
-            shape = layers[name].weight_shape()
+            shape = layers[name]
         if name in states:
             saved = tuple(states[name].shape or ())
         if saved != shape:
@@ -120,10 +121,12 @@ def _int8_layers(module: torch.nn.Module) -> dict[str, Holds8bit]:
     return {name: layer for name, layer in named if isinstance(layer, Holds8bit)}
 
 
-def _layers(module: torch.nn.Module) -> dict[str, Holds4bit]:
-    """4-bit layers by the key of their weight."""
-    return {
-        f"{name}.weight".lstrip("."): layer
-        for name, layer in module.named_modules(remove_duplicate=False)
-        if isinstance(layer, Holds4bit)
-    }
+def _layers(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of 4-bit layers, by their keys."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, layer in module.named_modules(remove_duplicate=False):
+        if isinstance(layer, Holds4bit):
+            found[f"{name}.weight".lstrip(".")] = layer.weight_shape()
+        if isinstance(layer, Experts4bit):
+            found |= {f"{name}.{own}".lstrip("."): layer.shape_of(own) for own in layer.four_bit_names}
+    return found
