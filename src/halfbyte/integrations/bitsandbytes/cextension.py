@@ -9,7 +9,7 @@ import torch
 from halfbyte.errors import UnsupportedError
 from halfbyte.integrations.bitsandbytes.cuda_specs import get_rocm_gpu_arch
 
-__all__ = ["BNB_BACKEND", "HIP_ENVIRONMENT", "NoLibrary", "lib"]
+__all__ = ["BNB_BACKEND", "HIP_ENVIRONMENT", "BNBNativeLibrary", "NoLibrary", "get_native_library", "lib"]
 
 HIP_ENVIRONMENT = torch.version.hip is not None
 """Whether torch was built for ROCm."""
@@ -41,10 +41,18 @@ class NoLibrary:
 
 
 lib = NoLibrary()
+BNBNativeLibrary = NoLibrary
 
 
-def __getattr__(name: str) -> str:
+def get_native_library() -> NoLibrary:
+    """What stands in the place of a library."""
+    return lib
+
+
+def __getattr__(name: str) -> str | bool:
     # Asking for it initialises the GPU, which an import must not do.
     if name == "ROCM_GPU_ARCH":
         return get_rocm_gpu_arch()
+    if name == "COMPILED_WITH_CUDA":  # up to 0.43: whether the GPU can be used
+        return torch.cuda.is_available()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -10,11 +11,13 @@ from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.integrations.bitsandbytes import names
+from halfbyte.integrations.bitsandbytes.retired import advice_for_module
+from halfbyte.integrations.post_import import after_import
 
 if TYPE_CHECKING:
     from importlib.metadata import Distribution, DistributionFinder
 
-__all__ = ["Finder", "Loader", "attribute", "find_installed", "put_first", "top_level"]
+__all__ = ["Finder", "Loader", "attribute", "define_ops", "find_installed", "put_first", "top_level"]
 
 NAME = "bitsandbytes"
 
@@ -47,6 +50,7 @@ class Loader:
         module.__dict__["__dir__"] = partial(names.public_names, self.module)
         if not self.module:
             module.__dict__.update(top_level())
+            define_ops()
 
     def get_code(self, fullname: str) -> CodeType:
         """What ``python -m bitsandbytes`` runs: halfbyte's doctor."""
@@ -67,6 +71,15 @@ def top_level() -> dict[str, Any]:
     }
 
 
+def define_ops() -> None:
+    """Define ``torch.ops.bitsandbytes``, now or as soon as torch is loaded."""
+    after_import("torch", _define_ops)
+
+
+def _define_ops() -> None:
+    importlib.import_module("halfbyte.integrations.bitsandbytes.ops").define()
+
+
 class Finder:
     """An entry of ``sys.meta_path``.
 
@@ -84,7 +97,8 @@ class Finder:
         """Spec of ``bitsandbytes`` or one of its submodules, else None."""
         del path, target
         root, _, module = fullname.partition(".")
-        if root != NAME or module not in names.MODULES or (not module and not self.whole):
+        known = module in names.MODULES or advice_for_module(module) is not None
+        if root != NAME or not known or (not module and not self.whole):
             return None
         package = not module or any(other.startswith(f"{module}.") for other in names.MODULES)
         return ModuleSpec(fullname, Loader(module), origin="halfbyte", is_package=package)  # pyright: ignore[reportArgumentType]

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Collection
+from typing import TypeVar
 
 import torch
 
+from halfbyte.nn.outliers import OutlierTracer, find_outlier_dims, outlier_hook
 from halfbyte.quant_state import pack_dict_to_tensor, unpack_tensor_to_dict
 
 __all__ = [
     "INVERSE_LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
     "LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING",
+    "ModuleType",
+    "OutlierTracer",
     "execute_and_return",
+    "find_outlier_dims",
+    "outlier_hook",
     "pack_dict_to_tensor",
     "replace_linear",
     "sync_gpu",
     "unpack_tensor_to_dict",
 ]
+
+ModuleType = TypeVar("ModuleType", bound=torch.nn.Module)
+"""``T`` of ``bitsandbytes.nn.modules``."""
 
 LINEAR_8BIT_WEIGHTS_FORMAT_MAPPING = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
 """Layout of an 8-bit weight -> its number in a checkpoint. Only rows are still written and read."""

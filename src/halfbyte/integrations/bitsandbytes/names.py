@@ -113,7 +113,7 @@ _BELOW = {"functional": "functional", "nn.modules": "functional", "autograd": "a
 def is_there(module: str) -> bool:
     """Whether halfbyte has the modules that answer for ``bitsandbytes.<module>``.
 
-    >>> is_there("nn.modules"), is_there("research")
+    >>> is_there("nn.modules"), is_there("triton")
     (True, False)
     """
     homes = MODULES.get(module)

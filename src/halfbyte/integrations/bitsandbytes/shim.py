@@ -6,7 +6,7 @@ from functools import partial
 
 from halfbyte.integrations import libraries
 from halfbyte.integrations.bitsandbytes import names
-from halfbyte.integrations.bitsandbytes.finder import attribute, put_first, top_level
+from halfbyte.integrations.bitsandbytes.finder import attribute, define_ops, put_first, top_level
 
 __all__ = ["__dir__", "__getattr__", "__version__", "features", "supported_torch_devices"]
 
@@ -15,4 +15,5 @@ __dir__ = partial(names.public_names, "")
 __version__, features, supported_torch_devices = top_level().values()
 
 put_first(whole=False)
+define_ops()
 libraries.watch()
