@@ -28,20 +28,25 @@ def extend_randlora() -> None:
 
 def extend_loftq() -> None:
     """Let LoftQ's initialisation compute on the CPU where there is no GPU: it asks for "cuda" by name."""
-    module = sys.modules["peft.utils.loftq_utils"]
-    for name in ("loftq_init", "_loftq_init_new"):
-        setattr(module, name, _without_gpu(getattr(module, name)))
+    for module in ("peft.utils.loftq_utils", "peft.tuners.lora.layer"):
+        for name in ("loftq_init", "_loftq_init_new"):
+            function = getattr(sys.modules.get(module), name, None)
+            if function is not None and not isinstance(function, _Anywhere):
+                setattr(sys.modules[module], name, _Anywhere(function))
 
 
-def _without_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def anywhere(*args: Any, **kwargs: Any) -> Any:
+class _Anywhere:
+    """A function that is called with the CPU in the place of a GPU that is not there."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.cuda.is_available() or torch.xpu.is_available():
-            return function(*args, **kwargs)
+            return self._function(*args, **kwargs)
         with _CpuForCuda():
-            return function(*args, **kwargs)
-
-    return anywhere
+            return self._function(*args, **kwargs)
 
 
 class _CpuForCuda(TorchFunctionMode):
@@ -52,7 +57,7 @@ class _CpuForCuda(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch.Tensor.to:
-            args = tuple("cpu" if isinstance(value, str) and value == "cuda" else value for value in args)
-            if kwargs.get("device") == "cuda":
+            args = (args[0], *("cpu" if str(value) == "cuda" else value for value in args[1:]))
+            if str(kwargs.get("device")) == "cuda":
                 kwargs = {**kwargs, "device": "cpu"}
         return func(*args, **kwargs)
