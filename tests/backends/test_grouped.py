@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import group_rows, grouped_matmul_4bit
+from halfbyte.autograd.grouped_4bit import group_rows, grouped_matmul_4bit
 from halfbyte.backends.cpu import grouped as cpu
 from halfbyte.backends.reference import grouped as reference
 from halfbyte.errors import ArgumentError, QuantStateMissingError

@@ -80,3 +80,105 @@ def test_a_graph_follows_another_routing() -> None:
     experts.copy_(torch.randint(0, count, (16, 2), device="cuda"))
     graph.replay()
     assert torch.equal(out, call())
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_many_rows_go_through_slices_and_are_right(transposed: bool, with_bias: bool) -> None:
+    count, n, k = 3, 192, 256
+    packed, scales = case(count, n, k, nested=True)
+    width = k if transposed else n
+    x = torch.randn(900, n if transposed else k, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(count, width, device="cuda", dtype=torch.bfloat16) if with_bias else None
+    order, ends = ops.group_rows(torch.randint(0, count + 1, (900, 2), device="cuda"), count)
+    arguments = (x, packed, [count, n, k], order, ends, scales[0], 64, "nf4", transposed, bias, *scales[1:])
+    assert close(ops.gemm_4bit_grouped(*arguments), reference.gemm_4bit_grouped(*arguments))
+
+
+def test_slices_smaller_than_the_result_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte.backends.triton import grouped_slices
+
+    monkeypatch.setattr(grouped_slices, "SLICE_BYTES", 1 << 16)
+    test_many_rows_go_through_slices_and_are_right(False, True)
+    test_many_rows_go_through_slices_and_are_right(True, True)
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("transformers")
+    import halfbyte
+    from tests.integrations.moe_models import save_random
+
+    halfbyte.install_as_bitsandbytes(replace=True)
+    folder = tmp_path_factory.mktemp("mixtral")
+    save_random("mixtral", folder)
+    return folder
+
+
+def loaded(folder: Any) -> Any:
+    import transformers
+
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16, device_map={"": 0}
+    ).eval()
+
+
+def test_a_model_loads_on_the_gpu_and_agrees_with_its_dequantized_self(mixtral: Any) -> None:
+    from halfbyte.nn import receipt
+    from tests.integrations.moe_models import IDS, experts_of
+
+    model = loaded(mixtral)
+    assert receipt(model, show=False).share > 0.9
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
+    layer = experts_of(model)[0]
+    x = torch.randn(40, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    index, weights = torch.randint(0, 8, (40, 2), device="cuda"), torch.rand(40, 2, device="cuda").bfloat16()
+    out = layer(x, index, weights)
+    out.float().square().sum().backward()
+    y = x.detach().float().requires_grad_()
+    dense = layer.give_back(torch.float32)
+    expected = dense(y, index, weights.float())
+    expected.square().sum().backward()
+    assert y.grad is not None
+    assert x.grad is not None
+    for result, exact in ((out, expected), (x.grad, y.grad)):
+        # bf16 products of bf16 inner values: 2^-8 for each of three roundings.
+        assert ((result.float() - exact).norm() / exact.norm()).item() < 1.5e-2
+    assert loaded(mixtral).generate(IDS.cuda(), max_new_tokens=4, do_sample=False).shape == (2, 16)
+
+
+def test_the_layer_compiles_whole_and_runs_in_a_cuda_graph(mixtral: Any) -> None:
+    from tests.integrations.moe_models import experts_of
+
+    layer = experts_of(loaded(mixtral))[0]
+    x = torch.randn(16, 128, device="cuda", dtype=torch.bfloat16)
+    index, weights = torch.randint(0, 8, (16, 2), device="cuda"), torch.rand(16, 2, device="cuda").bfloat16()
+    with torch.no_grad():
+        plain = layer(x, index, weights)
+        compiled = torch.compile(layer, fullgraph=True)(x, index, weights)
+        assert ((compiled.float() - plain.float()).norm() / plain.float().norm()).item() < 1e-2
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x, index, weights)
+        index.copy_(torch.randint(0, 8, (16, 2), device="cuda"))
+        graph.replay()
+        assert torch.equal(out, layer(x, index, weights))
+
+
+def test_nothing_waits_for_the_gpu(mixtral: Any) -> None:
+    from tests.integrations.moe_models import experts_of
+
+    layer = experts_of(loaded(mixtral))[0]
+    for tokens in (3, 700):
+        x = torch.randn(tokens, 128, device="cuda", dtype=torch.bfloat16)
+        index = torch.randint(0, 8, (tokens, 2), device="cuda")
+        weights = torch.rand(tokens, 2, device="cuda").bfloat16()
+        layer(x, index, weights)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layer(x, index, weights)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -16,6 +16,7 @@ COMMON: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % COMMON["vocab_size"]
 
 
 def config_of(kind: str) -> Any:

@@ -15,9 +15,8 @@ pytest.importorskip("transformers")
 from halfbyte.errors import CheckpointError
 from halfbyte.functional import dequantize_4bit, quantize_4bit
 from halfbyte.nn import receipt
-from tests.integrations.moe_models import COMMON, KINDS, experts_of, load, save_random
+from tests.integrations.moe_models import IDS, KINDS, experts_of, load, save_random
 
-IDS = torch.arange(2 * 12).reshape(2, 12) * 7 % COMMON["vocab_size"]
 CLOSE = 2e-5
 """Relative difference of fp32 logits: the same products of the same values, summed in another order, twice."""
 
@@ -206,7 +205,7 @@ def test_a_checkpoint_of_other_experts_changes_nothing(mixtral: Path, tmp_path: 
     other = {"down_proj": "gate_up_proj", "gate_up_proj": "down_proj"}
     swapped = {".".join([other[key.split(".")[0]], *key.split(".")[1:]]): value for key, value in state.items()}
     save_file(swapped, tmp_path / "swapped.safetensors")
-    with pytest.raises(CheckpointError, match="down_proj has shape"):
+    with pytest.raises(CheckpointError, match="_proj has shape"):
         checkpoint.load(layer, tmp_path / "swapped.safetensors")
     assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
 
@@ -250,7 +249,7 @@ def test_unquantized_models_still_choose_their_experts_implementation(mixtral: P
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_lora_on_experts_trains_merges_and_unmerges(kind: str, tmp_path: Path) -> None:
+def test_lora_on_experts_gives_pefts_own_result_and_gradients(kind: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     save_random(kind, tmp_path)
     model = load(tmp_path)

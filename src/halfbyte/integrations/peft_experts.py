@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -47,7 +47,7 @@ def _get_in_out_features(self: Any, module: torch.nn.Module) -> Any:
 
 
 @contextmanager
-def _activate_lora(self: Any, active_adapters: Any) -> Iterator[None]:
+def _activate_lora(self: Any, active_adapters: Any) -> Generator[None]:
     experts = _experts(self)
     if experts is None:
         with _activate(self, active_adapters):

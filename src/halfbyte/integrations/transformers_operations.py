@@ -78,11 +78,8 @@ class DeserializeExperts(ConversionOps):
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        del kwargs
-        name = str(full_layer_name)
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        model, name = kwargs["model"], str(kwargs["full_layer_name"])
         values = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         own = min(values, key=len)
         weight = values.pop(own)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import group_rows, grouped_matmul_4bit
+from halfbyte.autograd.grouped_4bit import group_rows, grouped_matmul_4bit
 from halfbyte.errors import CheckpointError, HalfbyteError, QuantStateMissingError, UnsupportedError
 from halfbyte.formats import blocks
 from halfbyte.functional import dequantize_4bit

@@ -15,7 +15,7 @@ def low_rank(x: Tensor, order: Tensor, ends: Tensor, down: Tensor, up: Tensor, s
 
     Args:
         x: ``(rows, K)``.
-        order: From :func:`halfbyte.autograd.group_rows`, as ``ends``.
+        order: From :func:`halfbyte.autograd.grouped_4bit.group_rows`, as ``ends``.
         ends: Where each expert's products end.
         down: ``(experts, rank, K)``.
         up: ``(experts, N, rank)``.
