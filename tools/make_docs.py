@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+from compatibility_names import page as compatibility_names
 from failure_classes import page as failure_classes
 
 from halfbyte import _env
@@ -33,6 +34,7 @@ def checks() -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "checks.md": checks,
+    "compatibility-names.md": compatibility_names,
     "environment.md": environment,
     "failure-classes.md": failure_classes,
 }

@@ -20,23 +20,23 @@ PACKED_PREFIX = "bitsandbytes__"
 """The JSON blob of a weight is stored under ``<weight>.quant_state.bitsandbytes__<quant_type>``."""
 
 
-def pack_dict_to_tensor(source: Mapping[str, Any]) -> Tensor:
-    """UTF-8 JSON of ``source`` as a 1-D uint8 tensor.
+def pack_dict_to_tensor(source_dict: Mapping[str, Any]) -> Tensor:
+    """UTF-8 JSON of ``source_dict`` as a 1-D uint8 tensor.
 
     >>> pack_dict_to_tensor({"a": 1}).tolist() == list(b'{"a": 1}')
     True
     """
-    return torch.tensor(list(json.dumps(source).encode("utf-8")), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(source_dict).encode("utf-8")), dtype=torch.uint8)
 
 
-def unpack_tensor_to_dict(tensor: Tensor) -> dict[str, Any]:
+def unpack_tensor_to_dict(tensor_data: Tensor) -> dict[str, Any]:
     """The dictionary whose JSON bytes a uint8 tensor holds.
 
     Raises:
         CheckpointError: The bytes are no JSON object.
     """
     try:
-        found = json.loads(bytes(tensor.to(device="cpu", dtype=torch.uint8).flatten().tolist()).decode("utf-8"))
+        found = json.loads(bytes(tensor_data.to(device="cpu", dtype=torch.uint8).flatten().tolist()).decode("utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
         raise CheckpointError(
             f"the quant_state blob is no valid JSON ({error})",

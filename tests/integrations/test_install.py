@@ -110,15 +110,17 @@ def test_a_second_call_does_nothing() -> None:
 
 
 def test_a_missing_name_says_what_is_missing_and_what_to_do() -> None:
-    with pytest.raises(AttributeError, match=r"offers no bitsandbytes\.nn\.SwitchBackLinear\nhint: "):
-        lookup("nn", "SwitchBackLinear")
+    with pytest.raises(AttributeError, match=r"offers no bitsandbytes\.nn\.NoSuchLayer\nhint: "):
+        lookup("nn", "NoSuchLayer")
     with pytest.raises(ImportError, match=r"cannot import name 'NoSuchLayer' from 'bitsandbytes\.nn'"):
         exec("from bitsandbytes.nn import NoSuchLayer")
 
 
-def test_a_module_that_bitsandbytes_dropped_is_not_found() -> None:
-    done = python(["-c", INSTALL + "import bitsandbytes.research"])
-    assert done.stderr.endswith("ModuleNotFoundError: No module named 'bitsandbytes.research'\n")
+def test_a_module_that_is_not_there_says_what_to_use_where_that_is_known() -> None:
+    done = python(["-c", INSTALL + "import bitsandbytes.cuda_setup.main"])
+    assert done.stderr.endswith("hint: use `python -m bitsandbytes`, which runs halfbyte's doctor\n")
+    done = python(["-c", INSTALL + "import bitsandbytes.colours"])
+    assert done.stderr.endswith("ModuleNotFoundError: No module named 'bitsandbytes.colours'\n")
 
 
 def test_the_real_one_is_not_replaced_unasked(foreign: Path) -> None:

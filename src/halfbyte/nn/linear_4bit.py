@@ -12,6 +12,7 @@ from halfbyte.errors import CheckpointError, QuantStateMissingError
 from halfbyte.nn.compute_dtype import default_compute_dtype
 from halfbyte.nn.holds_4bit import Holds4bit
 from halfbyte.nn.params import Params4bit
+from halfbyte.nn.repeated_4bit import Repeated
 from halfbyte.quant_state import QuantState
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "fix_4bit_weight_quant_state_from_module"]
@@ -37,6 +38,7 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
     """
 
     bias: Any
+    _repeated: Repeated | None = None
 
     def __init__(
         self,
@@ -65,6 +67,10 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``x @ weight.T + bias``, computed in the compute dtype, returned in x's."""
+        if self._repeated is not None and not torch.compiler.is_compiling():
+            repeated = self._repeated.product(self, x)
+            if repeated is not None:
+                return repeated
         state = getattr(self.weight, "quant_state", None)
         if state is None:
             # torch.export puts plain parameters in place, and takes them out again: nothing to mend there.
@@ -76,7 +82,10 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
         if x.dtype == dtype:
-            return matmul_4bit(x, self.weight, state, bias=bias)
+            result = matmul_4bit(x, self.weight, state, bias=bias)
+            if not (result.requires_grad or torch.compiler.is_compiling()) and state is not None:
+                self.__dict__["_repeated"] = Repeated.after(self, x, self.weight, state, bias)
+            return result
         return matmul_4bit(x.to(dtype), self.weight, state, bias=bias).to(x.dtype)
 
     def compute_dtype_for(self, x: Tensor) -> torch.dtype:
@@ -86,6 +95,9 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
         if x.dtype in (torch.bfloat16, torch.float16):
             return x.dtype
         return default_compute_dtype(x.device)
+
+    def set_compute_type(self, x: Tensor) -> None:
+        """Kept for callers: :meth:`compute_dtype_for` chooses in each forward pass, and nothing is remembered."""
 
     def weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features

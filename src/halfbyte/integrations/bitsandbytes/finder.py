@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -72,7 +73,9 @@ def top_level() -> dict[str, Any]:
 
 
 def define_ops() -> None:
-    """Define ``torch.ops.bitsandbytes``, now or as soon as torch is loaded."""
+    """Define ``torch.ops.bitsandbytes``, now or as soon as torch is loaded, and log where bitsandbytes would."""
+    # Levels and handlers that a script sets on "bitsandbytes" hold for what stands in its place.
+    logging.getLogger("halfbyte").parent = logging.getLogger(NAME)
     after_import("torch", _define_ops)
 
 

@@ -73,7 +73,7 @@ def replace_linear(
     return model
 
 
-def sync_gpu(tensor: torch.Tensor) -> None:
-    """Wait for the device that ``tensor`` is on."""
-    if tensor.device.type != "cpu":
-        torch.accelerator.synchronize(tensor.device)
+def sync_gpu(t: torch.Tensor) -> None:
+    """Wait for the device that ``t`` is on."""
+    if t.device.type != "cpu":
+        torch.accelerator.synchronize(t.device)

@@ -314,3 +314,8 @@ def percentile_clipping(
     scale = percentile_scale(squared, gnorm_vec, step, check_percentile(percentile))
     bound = gnorm_vec.sort().values[percentile].sqrt()
     return squared.sqrt(), bound, float(scale)
+
+
+def supports_igemmlt(device: torch.device) -> bool:
+    """Whether int8 products are computed there: on every device."""
+    return True

@@ -69,6 +69,7 @@ _ALIASES = {
     "autograd._functions.F": "functional",
     "modules": "nn.modules",
     "nn.modules.bnb": "",
+    "nn.parametrize.F": "functional",
     "optim.ademamix.F": "functional",
     "optim.optimizer.F": "functional",
 }
@@ -83,6 +84,7 @@ _SWITCHBACK = (
 )
 
 _ELSEWHERE: dict[str, dict[str, str]] = {
+    "autograd._functions": {"supports_igemmlt": f"{_OWN}.legacy"},
     "": {"COMPILED_WITH_CUDA": f"{_OWN}.cextension", "_import_backends": f"{_OWN}.ops:load_backends"},
     "cextension": {
         **dict.fromkeys(("CUDASpecs", "get_cuda_specs", "get_cuda_version_tuple"), f"{_OWN}.cuda_specs"),
