@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from halfbyte.backends.cpu import compiler, host, threads
-from halfbyte.backends.cpu.kernels import blockwise, dequantize, int8, optimizer, product, quantize, tiles
+from halfbyte.backends.cpu.kernels import blockwise, dequantize, int8, optimizer, product, quantize, rows, tiles
 from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import Level
 
@@ -24,6 +24,8 @@ KERNELS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "dequantize_4bit": (dequantize.emit, dequantize.ARGUMENTS),
     "prepare": (product.emit_prepare, product.PREPARE_ARGUMENTS),
     "product_4bit": (product.emit, product.ARGUMENTS),
+    "prepare_rows": (rows.emit_prepare, rows.PREPARE_ARGUMENTS),
+    "product_rows": (rows.emit, rows.ARGUMENTS),
     "prepare_tiles": (tiles.emit_prepare, tiles.PREPARE_ARGUMENTS),
     "product_tiles": (tiles.emit, tiles.ARGUMENTS),
     "quantize_blockwise": (blockwise.emit_quantize, blockwise.QUANTIZE_ARGUMENTS),

@@ -41,8 +41,10 @@ FUSED_BATCH = {
 
 Measured by ``benchmarks/cpu_tune.py`` on Sapphire Rapids and Zen 3; the other levels are guesses by lanes."""
 
+ROWS_BATCH = 4
+PAIRS, TOGETHER, AHEAD = False, 4, 0
 TILED_BATCH = 5
-HIGH, WIDE = 2, 2
+HIGH, WIDE, UNROLL = 2, 2, 4
 PANEL, PANEL_MANY, GROUP_ROWS = 4, 8, 128
 
 
@@ -123,6 +125,9 @@ def _fused(
 ) -> None:
     batch, columns = activations.shape
     dtype = DTYPES[activations.dtype]
+    if batch <= ROWS_BATCH and columns % (2 * CHUNK) == 0 and host.level().lanes == 16:
+        _by_rows(activations, weight, rows, scales, blocksize, table, bias, out)
+        return
     tile = _tile(batch)
     count = -(-batch // tile)
     chunks = columns // CHUNK
@@ -152,6 +157,52 @@ def _fused(
         count,
         max(1, PANEL_BYTES // (tile * CHUNK * prepared.element_size())),
         a_piece,
+    )
+
+
+def _by_rows(
+    activations: Tensor,
+    weight: Tensor,
+    rows: int,
+    scales: Scales,
+    blocksize: int,
+    table: tables.Table,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    batch, columns = activations.shape
+    dtype, groups = DTYPES[activations.dtype], columns // 128
+    pairs = PAIRS and dtype == "bf16"
+    if activations.stride(1) != 1:
+        activations = activations.contiguous()
+    prepared = torch.empty(batch * columns, dtype=torch.bfloat16 if pairs else torch.float32)
+    kernel("prepare_rows", dtype=dtype, pairs=pairs, tile=batch)(
+        batch, activations.data_ptr(), prepared.data_ptr(), activations.stride(0) * activations.element_size(), groups
+    )
+    together = TOGETHER
+    a_piece = -(-rows // (together * 8 * threads.count())) * together
+    kernel(
+        "product_rows",
+        dtype=dtype,
+        nested=scales.nested,
+        blocks=max(1, 128 // blocksize),
+        pairs=pairs,
+        together=together,
+        tile=batch,
+    )(
+        -(-rows // a_piece),
+        weight.data_ptr(),
+        prepared.data_ptr(),
+        out.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        table.address,
+        *scales.addresses,
+        max(0, blocksize.bit_length() - 8),
+        rows,
+        groups,
+        batch,
+        a_piece,
+        AHEAD or columns // 2 * together,
     )
 
 
@@ -199,6 +250,7 @@ def _tiled(
         high=HIGH,
         wide=plan.wide,
         whole=plan.groups == 1,
+        unroll=UNROLL,
     )(
         -(-rows // plan.rows_a_piece),
         weight.data_ptr(),

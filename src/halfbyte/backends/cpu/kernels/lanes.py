@@ -131,6 +131,27 @@ class LaneLevel(Level):
             found = e.insert(found, e.load(I8, address + offset), lane)
         return found
 
+    def wide_order(self, pairs: bool) -> tuple[int, ...]:
+        """The order in which :meth:`decode_wide` hands out its 128 elements."""
+        size = 2 if pairs else 4
+        # Lane l holds bytes size * l and on; nibble j is the high one of its byte, the earlier element, if j is odd.
+        return tuple(
+            2 * (size * lane + nibble // 2) + (1 - nibble % 2)
+            for nibble in range(2 * size)
+            for lane in range(64 // size)
+        )
+
+    def decode_wide(self, e: Emitter, address: Value, table: object, pairs: bool) -> Iterator[Value]:
+        """64 packed bytes as levels, nibble by nibble of each lane; the permute ignores what is above the nibble."""
+        assert isinstance(table, Value)
+        words = e.load(Type("i16", 32) if pairs else Type("i32", 16), address)
+        for nibble in range(4 if pairs else 8):
+            index = words >> (4 * nibble) if nibble else words
+            if pairs:
+                yield e.call("llvm.x86.avx512.permvar.hi.512", table.type, [table, index])
+            else:
+                yield self._levels(e, table, index)
+
     def pair_table(self, e: Emitter, first: Value, second: Value) -> Value:
         pairs = e.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", Type("bfloat", 32), [second, first])
         return e.bits(pairs, Type("i16", 32))

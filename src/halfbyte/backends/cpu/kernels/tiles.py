@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, I64, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import I64, Emitter, Type, Value
 from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, TABLE_EXACT, Level
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
@@ -91,7 +91,9 @@ def _transposed(e: Emitter, lines: Sequence[Value]) -> list[Value]:
     return found
 
 
-def emit(e: Emitter, level: Level, *, nested: bool, halves: bool, high: int, wide: int, whole: bool) -> None:
+def emit(
+    e: Emitter, level: Level, *, nested: bool, halves: bool, high: int, wide: int, whole: bool, unroll: int = 4
+) -> None:
     """Write the kernel for bf16 activations.
 
     Args:
@@ -101,12 +103,15 @@ def emit(e: Emitter, level: Level, *, nested: bool, halves: bool, high: int, wid
         wide: Tiles of activations multiplied at a time.
         whole: There is one group of activations: sums stay in tiles from the first panel to the last.
     """
-    _Product(e, level, nested, halves, high, wide, whole).emit()
+    _Product(e, level, nested, halves, high, wide, whole, unroll).emit()
 
 
 class _Product:
-    def __init__(self, e: Emitter, level: Level, nested: bool, halves: bool, high: int, wide: int, whole: bool) -> None:
+    def __init__(
+        self, e: Emitter, level: Level, nested: bool, halves: bool, high: int, wide: int, whole: bool, unroll: int
+    ) -> None:
         self.e, self.level, self.halves, self.high, self.wide, self.whole = e, level, halves, high, wide, whole
+        self.unroll = unroll
         self.packed, self.x, self.out, self.bias = (e.argument(n) for n in ("packed", "x", "out", "bias"))
         self.block_shift, self.rows, self.chunks = (e.argument(n) for n in ("block_shift", "rows", "chunks"))
         self.batch, self.groups, self.panel = (e.argument(n) for n in ("batch", "groups", "panel"))
@@ -186,8 +191,8 @@ class _Product:
     def decode(self, row: Value, first: Value, last: Value, to: Value) -> None:
         """The chunks of 16 rows from ``row`` on, as tiles of bf16; rows beyond the last repeat it."""
         e = self.e
-        with e.loop(0, SIDE, UNROLL) as start:
-            numbers = [_least(e, row + start + i, self.rows - 1) * self.chunks for i in range(UNROLL)]
+        with e.loop(0, SIDE, self.unroll) as start:
+            numbers = [_least(e, row + start + i, self.rows - 1) * self.chunks for i in range(self.unroll)]
             with e.loop(first, last) as chunk:
                 place = to + (chunk - first) * (STEPS * TILE_BYTES) + (start << 6)
                 for i, number in enumerate(numbers):

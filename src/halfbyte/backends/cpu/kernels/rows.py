@@ -1,0 +1,146 @@
+"""Rows of a packed 4-bit weight times very few activations: several rows at a time, 128 codes in one register."""
+
+from __future__ import annotations
+
+from halfbyte.backends.cpu.kernels.emitter import F32, I64, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, Level
+from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
+
+__all__ = ["ARGUMENTS", "PREPARE_ARGUMENTS", "WIDE", "emit", "emit_prepare"]
+
+ARGUMENTS = (
+    "packed",
+    "x",
+    "out",
+    "bias",
+    "tables",
+    *Scales.ARGUMENTS,
+    "block_shift",
+    "rows",
+    "groups",
+    "batch",
+    "rows_a_piece",
+    "ahead",
+)
+"""``block_shift``: log2 of groups of 128 per block. ``groups``: of one row. ``ahead``: bytes from what is read to what
+is fetched."""
+
+PREPARE_ARGUMENTS = ("source", "out", "stride", "groups")
+
+WIDE = 2 * CHUNK
+"""Codes that are read at once: 64 bytes."""
+
+
+def emit_prepare(e: Emitter, level: Level, *, dtype: str, pairs: bool, tile: int) -> None:
+    """Write the kernel that puts activations into the order of the weights: ``[group][row][128]``, bf16 or fp32."""
+    size = 2 if pairs else 4
+    order = level.wide_order(pairs)
+    source, out, stride, groups = (e.argument(name) for name in PREPARE_ARGUMENTS)
+    with e.pieces() as row, e.loop(0, groups) as group:
+        to = out + (group * tile + row) * (WIDE * size)
+        start = source + row * stride + group * (WIDE * ITEMSIZE[dtype])
+        for place, element in enumerate(order):
+            at = start + element * ITEMSIZE[dtype]
+            e.store(e.load(Type("i16"), at) if pairs else load_float(e, level, at, dtype), to + place * size)
+
+
+def emit(
+    e: Emitter, level: Level, *, dtype: str, nested: bool, blocks: int, pairs: bool, together: int, tile: int
+) -> None:
+    """Write the kernel.
+
+    Args:
+        dtype: Of activations, bias and output.
+        nested: absmax is double-quantized.
+        blocks: That 128 codes belong to: 1, 2 or 4.
+        pairs: Multiply levels rounded to bf16, in pairs; else exact ones in fp32.
+        together: Rows worked on at a time.
+        tile: Activations.
+    """
+    _Product(e, level, dtype, nested, blocks, pairs, together, tile).emit()
+
+
+class _Product:
+    def __init__(
+        self, e: Emitter, level: Level, dtype: str, nested: bool, blocks: int, pairs: bool, together: int, tile: int
+    ) -> None:
+        self.e, self.level, self.dtype, self.blocks, self.pairs = e, level, dtype, blocks, pairs
+        self.together, self.tile = together, tile
+        self.packed, self.x, self.out, self.bias = (e.argument(n) for n in ("packed", "x", "out", "bias"))
+        self.block_shift, self.rows, self.groups = (e.argument(n) for n in ("block_shift", "rows", "groups"))
+        self.batch, self.rows_a_piece, self.ahead = (e.argument(n) for n in ("batch", "rows_a_piece", "ahead"))
+        self.scales = Scales(e, nested)
+        self.table = level.table(e, e.argument("tables"), "dot" if pairs else "exact")
+        self.vector = Type("float", level.lanes)
+
+    def emit(self) -> None:
+        e = self.e
+        with e.pieces() as piece:
+            start = piece * self.rows_a_piece
+            stop = self.least(start + self.rows_a_piece, self.rows)
+            with e.loop(start, stop, self.together) as first:
+                self.some_rows([self.least(first + i, stop - 1) for i in range(self.together)])
+
+    def least(self, a: Value, b: Value) -> Value:
+        return self.e.select(self.e.compare("slt", a, b), a, b)
+
+    def some_rows(self, rows: list[Value]) -> None:
+        e = self.e
+        sums = [[e.variable(self.vector, 0.0) for _ in range(self.tile)] for _ in rows]
+        numbers = [row * self.groups for row in rows]
+        size = WIDE * (2 if self.pairs else 4)
+        with e.loop(0, self.groups) as group:
+            x = self.x + group * (self.tile * size)
+            for number, totals in zip(numbers, sums, strict=True):
+                at = number + group
+                address = self.packed + at * (2 * CHUNK_BYTES)
+                e.prefetch(address + self.ahead)
+                scale = self.scale(at)
+                for member, product in enumerate(self.products(address, x)):
+                    totals[member].set(e.fma(product, scale, totals[member].get()))
+        for row, totals in zip(rows, sums, strict=True):
+            for member, total in enumerate(totals):
+                self.finish(row, member, e.total(total.get()))
+
+    def products(self, address: Value, x: Value) -> list[Value]:
+        """Unscaled sums of products of a group with each activation."""
+        e, size = self.e, 2 if self.pairs else 4
+        found: list[Value] = []
+        for place, levels in enumerate(self.level.decode_wide(e, address, self.table, self.pairs)):
+            for member in range(self.tile):
+                at = x + (member * WIDE + place * levels.type.lanes) * size
+                values = e.load(levels.type, at)
+                if not place:
+                    found.append(self.multiply(levels, values, None))
+                else:
+                    found[member] = self.multiply(levels, values, found[member])
+        return found
+
+    def multiply(self, levels: Value, values: Value, total: Value | None) -> Value:
+        e = self.e
+        if self.pairs:
+            kind = Type("bfloat", levels.type.lanes)
+            total = total if total is not None else e.const(self.vector, 0.0)
+            arguments = [total, e.bits(levels, kind), e.bits(values, kind)]
+            return e.call("llvm.x86.avx512bf16.dpbf16ps.512", self.vector, arguments)
+        return levels * values if total is None else e.fma(levels, values, total)
+
+    def scale(self, group: Value) -> Value:
+        """absmax of each lane's block."""
+        e, lanes = self.e, self.level.lanes
+        if self.blocks == 1:
+            return e.splat(self.scales.at(group >> self.block_shift), lanes)
+        first = group * self.blocks
+        found = e.undef(Type("float", self.blocks))
+        for i in range(self.blocks):
+            found = e.insert(found, self.scales.at(first + i), i)
+        return e.shuffle(found, None, [lane * self.blocks // lanes for lane in range(lanes)])
+
+    def finish(self, row: Value, member: int, total: Value) -> None:
+        e = self.e
+        result = e.variable(F32, total)
+        with e.when(e.compare("ne", self.bias, e.const(I64, 0))):
+            bias = load_float(e, self.level, self.bias + row * ITEMSIZE[self.dtype], self.dtype)
+            result.set(result.get() + bias)
+        to = self.out + (self.rows * member + row) * ITEMSIZE[self.dtype]
+        store_float(e, self.level, result.get(), to, self.dtype)
