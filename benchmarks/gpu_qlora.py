@@ -84,7 +84,9 @@ def measure(way: str, layers: int, limit: float) -> None:
         first = seconds(lambda t=tokens: step_of(model, optimizer, t))
         say(way, f"{batch}x{length}: first step {first:.2f} s")
         losses: list[float] = []
-        taken = sorted(seconds(lambda t=tokens: losses.append(step_of(model, optimizer, t))) for _ in range(4))
+        taken = sorted(
+            seconds(lambda t=tokens, kept=losses: kept.append(step_of(model, optimizer, t))) for _ in range(4)
+        )
         row = {
             "way": way,
             "batch": batch,

@@ -3,22 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from halfbyte.backends import registry
 from halfbyte.nn import LinearNF4
-
-
-class Listener(TorchDispatchMode):
-    """Notes the ops that pass."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heard: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.heard.append(str(func))
-        return func(*args, **(kwargs or {}))
+from tests.support.listening import Listener
 
 
 def test_a_plain_tensor_with_nobody_listening_is_undisturbed() -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "prepare",
     "register",
     "select",
+    "tune",
     "undisturbed",
     "unregister",
     "warmup",
@@ -73,7 +74,7 @@ class _Implementation:
     backend: Backend
     function: Callable[..., Any]
     declines: Declines | None
-    prepare: Callable[..., Callable[..., None] | None] | None = None
+    prepare: Callable[..., Callable[..., Any] | None] | None = None
 
 
 _backends: dict[str, Backend] = {}
@@ -113,7 +114,7 @@ def implements(
     backend: str,
     op: str,
     declines: Declines | None = None,
-    prepare: Callable[..., Callable[..., None] | None] | None = None,
+    prepare: Callable[..., Callable[..., Any] | None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate the function with which ``backend`` computes ``op`` (``"gemm_4bit"``, ``"gemm_4bit.out"``).
 
@@ -160,7 +161,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> list[Verdict]:
     return verdicts
 
 
-def prepare(op: str, *args: Any) -> Callable[..., None] | None:
+def prepare(op: str, *args: Any) -> Callable[..., Any] | None:
     """What repeats a call that was made before, on the same tensors, with other numbers.
 
     Args:
@@ -228,6 +229,24 @@ def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype]) -> None:
         compile_ahead = getattr(importlib.import_module(backend.module), "warmup", None)
         if compile_ahead is not None:
             compile_ahead(say, dtypes)
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]] | None, workers: int, expect: Callable[[int], None], tick: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure the tiles of the GPU kernels for weights of ``shapes`` (None: those of usual models) on this GPU.
+
+    Args:
+        shapes: (out_features, in_features).
+        workers: Processes that compile.
+        expect: Told the number of steps.
+        tick: Told of each.
+
+    Returns:
+        The tuning file's document.
+    """
+    measure = importlib.import_module("halfbyte.backends.triton.tune")
+    return measure.tune(shapes or measure.SHAPES, workers, expect, tick)
 
 
 def _find_candidates(op: str, device: str) -> tuple[_Implementation, ...]:

@@ -12,9 +12,11 @@ from halfbyte.errors import HalfbyteError
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: dict[str, str] = {
+    "bench": "time 4-bit layers on this machine; `bench tune` measures tiles for its GPU",
     "demo": "load a small real model in 4 bits, show receipt, answer, perplexity, memory and time",
     "doctor": "check and prove this environment (also without a command)",
     "explain": "name the cause and the command for an error text or a check code",
+    "merge": "merge an adapter into a checkpoint and tell how much of it survived the rounding",
     "run": "run a script or module with halfbyte in the place of bitsandbytes",
     "warmup": "compile ahead what a model needs",
 }

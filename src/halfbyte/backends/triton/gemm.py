@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from halfbyte.backends.triton.decoded import DecodedPlan, decoded_kernel, sum_pa
 from halfbyte.backends.triton.dequantize import Nested, as_bytes, offset_fp32
 from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of, words_of
 from halfbyte.backends.triton.kernels.gemm_portable import _gemm_4bit_portable_kernel, _sum_partial_kernel
-from halfbyte.backends.triton.launch import Launcher, on_device, raw_stream, start
+from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, on_device, raw_stream, start
 from halfbyte.backends.triton.tuning import (
     FUSED_BATCHES,
     Tile,
@@ -32,7 +32,6 @@ from halfbyte.errors import ArgumentError
 
 __all__ = ["FusedPlan", "gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "make_plan"]
 
-ALIGNMENT = 16
 PORTABLE_UP_TO = 16
 """Rows up to which the portable kernel beats slices."""
 
@@ -144,6 +143,15 @@ class FusedPlan:
         if self._sum is not None:
             sum_partial(self._sum, partial, bias, out, index)
 
+    def repeated(
+        self, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, shape: tuple[int, ...], index: int
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """``run`` with these tensors as they lie, for other activations; None where it takes two kernels."""
+        if self._sum is not None:
+            return None
+        between = (absmax, *nested, bias)
+        return self._launcher.repeated(self._grid, index, shape, (packed,), between, (self._pairs,), self._numbers)
+
 
 _plans: dict[tuple[Any, ...], FusedPlan | DecodedPlan | None] = {}
 _backward_plans: dict[tuple[Any, ...], DecodedPlan | None] = {}
@@ -206,7 +214,41 @@ def _realigned(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
-@implements("triton", "gemm_4bit")
+def _key(
+    A: Tensor, B: Tensor, rows: int, n: int, k: int, x_stride: int, blocksize: int, quant_type: str, nested: bool,
+    bias: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    return (rows, n, k, x_stride, blocksize, quant_type, A.dtype, B.dtype, A.device.index, nested, bias)
+
+
+def _prepare(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """The product with contiguous activations of A's shape, dtype and device, while the other tensors stay in place."""
+    n, k = shapeB
+    if not A.numel() or not k:
+        return None
+    rows = A.numel() // k
+    nested = (absmax_8bit, absmax_code, absmax_offset)
+    plan = _plans.get(_key(A, B, rows, n, k, k, blocksize, quant_type, absmax_8bit is not None, bias is not None))
+    tensors = [tensor for tensor in (B, absmax, *nested, bias) if tensor is not None]
+    offset_fits = absmax_offset is None or absmax_offset.dtype == torch.float32
+    in_place = offset_fits and all(tensor.is_contiguous() for tensor in tensors) and _aligned(*tensors)
+    if not isinstance(plan, FusedPlan) or not in_place or k % 8:
+        return None
+    return plan.repeated(B, absmax, nested, bias, (*A.shape[:-1], n), A.device.index)
+
+
+@implements("triton", "gemm_4bit", prepare=_prepare)
 def gemm_4bit(
     A: Tensor,
     B: Tensor,
@@ -234,9 +276,7 @@ def gemm_4bit(
         x = x.clone(memory_format=torch.contiguous_format)
     x_stride = k if rows == 1 else x.stride(0)
     index = A.device.index
-    key = (
-        rows, n, k, x_stride, blocksize, quant_type, A.dtype, B.dtype, index, absmax_8bit is None, bias is None,
-    )  # fmt: skip
+    key = _key(A, B, rows, n, k, x_stride, blocksize, quant_type, absmax_8bit is not None, bias is not None)
     if key in _plans:
         plan = _plans[key]
     else:

@@ -11,12 +11,17 @@ that the arguments are specialised alike: same dtypes, same alignment, same divi
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
-__all__ = ["DIRECT", "Launcher", "on_device", "raw_stream", "start"]
+__all__ = ["ALIGNMENT", "DIRECT", "Launcher", "on_device", "raw_stream", "start"]
+
+ALIGNMENT = 16
+"""Bytes to which tensors must be aligned for kernels to be compiled for wide loads."""
 
 DIRECT_VERSIONS = frozenset({(3, 6), (3, 9)})
 """Triton versions whose compiled kernels take (grid, stream, function, metadata, three hooks, every argument)."""
@@ -78,3 +83,48 @@ class Launcher:
         self._run(
             grid[0], grid[1], grid[2], stream, self._function, self._metadata, None, None, None, *args, *self._constants
         )
+
+    def repeated(
+        self,
+        grid: tuple[int, int, int],
+        index: int,
+        shape: tuple[int, ...],
+        before: tuple[Tensor, ...],
+        between: tuple[Tensor | None, ...],
+        after: tuple[Tensor, ...],
+        numbers: tuple[int, ...],
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """A function of the activation alone that allocates the result and launches; None before :meth:`ordinary` ran.
+
+        It gives None, and launches nothing, where its activation is aligned less than the kernel was compiled for.
+
+        Args:
+            grid: Programs.
+            index: Of the device.
+            shape: Of the result, whose dtype and device are the activation's.
+            before: What the kernel takes before the activation.
+            between: What it takes between activation and result.
+            after: What it takes after the result; kept alive.
+            numbers: What follows.
+        """
+        if self._run is None:
+            return None
+        run, stream = self._run, torch._C._cuda_getCurrentRawStream  # pyright: ignore[reportPrivateUsage]
+        first = (self._function, self._metadata, None, None, None, *(tensor.data_ptr() for tensor in before))
+        middle = tuple(None if tensor is None else tensor.data_ptr() for tensor in between)
+        last = (*(tensor.data_ptr() for tensor in after), *numbers, *self._constants)
+        x_grid, y_grid, z_grid = grid
+
+        def call(x: Tensor, _kept: Any = after) -> Tensor | None:
+            address = x.data_ptr()
+            if address % ALIGNMENT:
+                return None
+            out = x.new_empty(shape)
+            run(x_grid, y_grid, z_grid, stream(index), *first, address, *middle, out.data_ptr(), *last)
+            return out
+
+        def guarded(x: Tensor) -> Tensor | None:
+            with on_device(index):
+                return call(x)
+
+        return call if torch.cuda.device_count() == 1 else guarded

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from halfbyte import _env
 from halfbyte.backends.triton.device import Gpu
 from halfbyte.errors import ArgumentError
 
@@ -131,7 +132,21 @@ def _parse(text: str) -> Table:
 
 @functools.lru_cache(maxsize=16)
 def read(arch: str) -> Table | None:
-    """The tuning table of an architecture, None where none was measured."""
+    """The tuning table of an architecture: the user's own (``halfbyte bench tune``), else ours, else None.
+
+    Raises:
+        ArgumentError: The user's own cannot be read.
+    """
+    own = _env.cache_dir() / "tuning" / f"{arch}.json"
+    if own.is_file():
+        try:
+            return _parse(own.read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArgumentError(
+                f"{own} is no tuning file: {error!r}",
+                expected="what `halfbyte bench tune` writes",
+                hint="delete it, or run: halfbyte bench tune",
+            ) from None
     file = resources.files("halfbyte.backends.triton") / "tuning" / f"{arch}.json"
     if not file.is_file():
         return None

@@ -1,0 +1,111 @@
+"""The short way through a 4-bit layer: a product that was made before is repeated without looking everything up again.
+
+A decoding step of a large model on a GPU is bound by the host: what a layer does in Python before its kernel starts
+counts more than the kernel. Backends offer to repeat a call (``prepare``); here is checked that it still is that call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.backends import registry
+from halfbyte.functional import format_of, kernel_scales
+from halfbyte.quant_state import QuantState
+
+__all__ = ["Repeated"]
+
+_DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass  # pyright: ignore[reportPrivateUsage]
+SHAPES = 32
+"""Shapes of activations that a layer remembers."""
+
+
+class Repeated:
+    """Products of one layer with one weight, by the activation's shape.
+
+    It keeps neither weight nor scales alive, and what is built from it by copying or pickling is None.
+    """
+
+    __slots__ = ("_addresses", "_bias", "_calls", "_compute_dtype", "_device", "_dtype", "_format", "_state", "_weight")
+
+    def __init__(self, layer: Any, weight: Tensor, state: QuantState, bias: Tensor | None, x: Tensor) -> None:
+        self._weight = weakref.ref(weight)
+        self._state = weakref.ref(state)
+        self._bias = None if bias is None else weakref.ref(bias)
+        self._addresses = _addresses(weight, state, bias)
+        self._format = (state.shape, state.blocksize, state.quant_type, state.nested)
+        self._compute_dtype = layer.compute_dtype
+        self._dtype, self._device = x.dtype, x.device
+        self._calls: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def product(self, layer: Any, x: Tensor) -> Tensor | None:
+        """The layer's result, None where this is not, in every respect, a call that was made before."""
+        call = self._calls.get(x.shape)
+        if call is None or x.dtype is not self._dtype or x.device != self._device:
+            return None
+        parameters = layer._parameters
+        bias = parameters["bias"]
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return None
+        if layer.compute_dtype is not self._compute_dtype or not x.is_contiguous() or not registry.undisturbed(x):
+            return None
+        return call(x) if self._holds(parameters["weight"], bias) else None
+
+    def _holds(self, weight: Any, bias: Tensor | None) -> bool:
+        """Whether the layer's tensors are where they were."""
+        if weight is None or weight is not self._weight() or bias is not (None if self._bias is None else self._bias()):
+            return False
+        state = getattr(weight, "quant_state", None)
+        if state is None or state is not self._state():
+            return False
+        return (
+            _addresses(weight, state, bias) == self._addresses
+            and (state.shape, state.blocksize, state.quant_type, state.nested) == self._format
+        )
+
+    def learn(self, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> None:
+        """Ask the backend for what repeats the product with ``x``, which was made by the ordinary way just now."""
+        if x.shape in self._calls:
+            return
+        if len(self._calls) >= SHAPES:
+            self._calls.clear()
+        shape, blocksize, kind, _ = format_of(state)
+        scales = kernel_scales(state)
+        with _DisableTorchFunctionSubclass():
+            self._calls[x.shape] = registry.prepare(
+                "gemm_4bit", x, weight, shape, scales[0], blocksize, kind, bias, *scales[1:]
+            )
+
+    @staticmethod
+    def after(layer: Any, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Repeated | None:
+        """What the layer keeps after the ordinary product with ``x``: as much as it had, if that still holds."""
+        own: Repeated | None = layer._repeated
+        if bias is not layer._parameters["bias"] or not registry.undisturbed(x) or not x.is_contiguous():
+            return own
+        same = own is not None and own._dtype is x.dtype and own._device == x.device
+        same = same and own._compute_dtype is layer.compute_dtype  # pyright: ignore[reportOptionalMemberAccess]
+        if own is None or not same or not own._holds(weight, bias):
+            own = Repeated(layer, weight, state, bias, x)
+        own.learn(x, weight, state, bias)
+        return own
+
+
+def _addresses(weight: Tensor, state: QuantState, bias: Tensor | None) -> tuple[int, ...]:
+    second = state.state2
+    offset = state.offset
+    with _DisableTorchFunctionSubclass():  # the parameter's own __torch_function__ would answer every question
+        return (
+            weight.data_ptr(),
+            state.absmax.data_ptr(),
+            0 if second is None else second.absmax.data_ptr(),
+            0 if second is None or second.code is None else second.code.data_ptr(),
+            0 if offset is None else offset.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )

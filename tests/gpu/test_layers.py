@@ -1,0 +1,144 @@
+"""4-bit layers on a GPU: the short way of repeated calls, CUDA graphs, torch.compile, export, several GPUs."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte.nn import Linear4bit
+from tests.support.listening import Listener
+
+pytestmark = pytest.mark.gpu
+
+
+def layer_of(
+    dtype: torch.dtype = torch.bfloat16, *, nested: bool = True, bias: bool = True, n: int = 160, k: int = 256
+) -> Linear4bit:
+    torch.manual_seed(0)
+    layer = Linear4bit(k, n, bias, dtype, nested, "nf4")
+    if bias:
+        layer.bias.data = layer.bias.data.to(dtype)
+    return layer.to("cuda")
+
+
+def dispatched(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """The product through torch's dispatcher."""
+    with Listener():
+        return layer(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_repeated_calls_give_the_dispatched_product(dtype: torch.dtype, nested: bool, bias: bool) -> None:
+    layer = layer_of(dtype, nested=nested, bias=bias)
+    with torch.no_grad():
+        for shape in ((1, 1, 256), (8, 256), (3, 5, 256), (70, 256), (300, 256)):
+            for _ in range(3):
+                x = torch.randn(shape, device="cuda", dtype=dtype)
+                torch.testing.assert_close(layer(x), dispatched(layer, x), rtol=0, atol=0)
+    assert layer._repeated is not None
+
+
+def test_one_row_of_a_16_bit_layer_is_repeated_directly() -> None:
+    layer = layer_of()
+    x = torch.randn(1, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x)
+        assert layer._repeated is not None
+        assert layer._repeated.product(layer, x) is not None
+
+
+def test_a_repeated_call_on_misaligned_activations_is_right() -> None:
+    layer = layer_of()
+    with torch.no_grad():
+        layer(torch.randn(2, 256, device="cuda", dtype=torch.bfloat16))
+        x = torch.randn(2 * 256 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(2, 256)
+        torch.testing.assert_close(layer(x), layer(x.clone()), rtol=0, atol=0)
+
+
+def test_a_moved_layer_computes_where_it_is() -> None:
+    layer = layer_of()
+    x = torch.randn(2, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = (layer(x), layer(x))[1]
+        there_and_back = layer.to("cpu").to("cuda")
+        torch.testing.assert_close(there_and_back(x), before, rtol=0, atol=0)
+        torch.testing.assert_close(copy.deepcopy(layer)(x), before, rtol=0, atol=0)
+
+
+def test_repeated_calls_are_captured_in_a_graph_and_follow_its_input() -> None:
+    layer = layer_of()
+    x = torch.randn(1, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer(x), layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = layer(x)
+        x.copy_(torch.randn_like(x))
+        out.fill_(math.nan)
+        graph.replay()
+        torch.testing.assert_close(out, layer(x), rtol=0, atol=0)
+
+
+def test_repeated_calls_run_on_the_current_stream() -> None:
+    layer = layer_of(n=4096, k=4096)
+    x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
+    side = torch.cuda.Stream()
+    with torch.no_grad():
+        want = (layer(x), layer(x))[1]
+        later = torch.zeros_like(x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)
+            later.copy_(x)
+            found = layer(later)
+        side.synchronize()
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_training_step_is_one_graph(mode: str) -> None:
+    layer = layer_of(bias=False)
+    down = torch.nn.Linear(256, 8, bias=False, device="cuda", dtype=torch.bfloat16)
+    up = torch.nn.Linear(8, 160, bias=False, device="cuda", dtype=torch.bfloat16)
+
+    def model(x: Tensor) -> Tensor:
+        return layer(x) + up(down(x))
+
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    model(x).float().square().sum().backward()
+    want = x.grad, down.weight.grad, up.weight.grad
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):
+        x.grad = down.weight.grad = up.weight.grad = None
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(x).float().square().sum().backward()
+    for got, expected in zip((x.grad, down.weight.grad, up.weight.grad), want, strict=True):
+        assert got is not None
+        assert ((got - expected).float().norm() / expected.float().norm()).item() < 2e-2
+
+
+def test_an_exported_layer_computes_the_same() -> None:
+    layer = layer_of()
+    x = torch.randn(2, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,))
+        torch.testing.assert_close(program.module()(x), layer(x), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_layer_on_another_gpu_than_the_current_one_computes_there() -> None:
+    layer = layer_of().to("cuda:1")
+    x = torch.randn(1, 256, device="cuda:1", dtype=torch.bfloat16)
+    with torch.no_grad(), torch.cuda.device(0):
+        first, second = layer(x), layer(x)
+        with torch.cuda.device(1):
+            torch.testing.assert_close(dispatched(layer, x), second, rtol=0, atol=0)
+    assert second.device == x.device
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
