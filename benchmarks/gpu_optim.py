@@ -3,6 +3,9 @@
     python benchmarks/gpu_optim.py [--out FOLDER]
 
 Writes ``gpu_optim.csv``: milliseconds of a step, bytes that it must move, and their rate over that of a copy.
+``ms``: steps one behind the other, a tenth of a second of them. ``alone_ms``: a step that begins on an idle GPU,
+so that the host's time counts in full. ``host_ms``: until ``step()`` returns. ``memory_mib``: device memory that the
+optimizer takes.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import importlib
 import importlib.util
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,22 +26,40 @@ from benchmarks.common import RESULTS, write_csv
 from halfbyte import optim
 
 LARGE, SMALL, COUNT = 1 << 28, 1 << 20, 300
-STATE_BYTES = {"AdamW8bit": 2.03, "AdamW32bit": 8.0, "Lion8bit": 1.02}
+STATES = {"AdamW8bit": 2.03, "AdamW32bit": 8.0, "Lion8bit": 1.02, "AdEMAMix8bit": 3.05, "PagedAdamW8bit": 2.03}
+"""Optimizer -> bytes of states for a parameter."""
 
 
-def median_ms(step: Callable[[], object], repeats: int = 15) -> float:
-    """Median of single steps between two events."""
-    step()
-    step()
-    taken: list[float] = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+def median(values: list[float]) -> float:
+    """The middle one."""
+    return sorted(values)[len(values) // 2]
+
+
+def timed(step: Callable[[], object], count: int) -> float:
+    """Milliseconds on the GPU of ``count`` calls, for one."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(count):
         step()
-        end.record()
-        end.synchronize()
-        taken.append(begin.elapsed_time(end))
-    return sorted(taken)[len(taken) // 2]
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / count
+
+
+def times(step: Callable[[], object]) -> tuple[float, float, float]:
+    """Milliseconds of a step among others, of one alone, and of the host in it."""
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    alone = median([timed(step, 1) for _ in range(9)])
+    host: list[float] = []
+    for _ in range(9):
+        start = time.perf_counter()
+        step()
+        host.append((time.perf_counter() - start) * 1e3)
+        torch.cuda.synchronize()
+    count = max(3, min(50, int(100 / alone)))
+    return median([timed(step, count) for _ in range(5)]), alone, median(host)
 
 
 def parameters(count: int, numel: int, dtype: torch.dtype) -> list[torch.nn.Parameter]:
@@ -52,16 +74,41 @@ def copy_rate() -> float:
     """Bytes a second, read and written, of a large copy."""
     source = torch.randn(LARGE, device="cuda", dtype=torch.bfloat16)
     target = torch.empty_like(source)
-    return 2 * source.numel() * 2 / (median_ms(lambda: target.copy_(source)) * 1e-3)
+    return 2 * source.numel() * 2 / (times(lambda: target.copy_(source))[0] * 1e-3)
 
 
-def measure(make: Callable[[Any], Any], count: int, numel: int, dtype: torch.dtype) -> float:
-    """Milliseconds of a step."""
-    optimizer = make(parameters(count, numel, dtype))
-    found = median_ms(optimizer.step)
-    del optimizer
+def measure(make: Callable[[Any], Any], count: int, numel: int, dtype: torch.dtype) -> dict[str, str]:
+    """Columns of a case."""
+    made = parameters(count, numel, dtype)
+    torch.cuda.synchronize()
+    before = torch.cuda.mem_get_info()[0]
+    optimizer = make(made)
+    among, alone, host = times(optimizer.step)
+    taken = (before - torch.cuda.mem_get_info()[0]) / 2**20
+    del optimizer, made
     torch.cuda.empty_cache()
-    return found
+    return {
+        "ms": f"{among:.3f}",
+        "alone_ms": f"{alone:.3f}",
+        "host_ms": f"{host:.3f}",
+        "memory_mib": f"{taken:.0f}",
+    }
+
+
+def graphed(count: int, numel: int) -> dict[str, str]:
+    """The same for a step of ours that is replayed from a CUDA graph."""
+    made = parameters(count, numel, torch.bfloat16)
+    optimizer = optim.AdamW8bit(made, capturable=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    among, alone, host = times(graph.replay)
+    return {"ms": f"{among:.3f}", "alone_ms": f"{alone:.3f}", "host_ms": f"{host:.3f}", "memory_mib": ""}
 
 
 def main() -> None:
@@ -70,26 +117,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     out: Path = parser.parse_args().out
     rate, rows = copy_rate(), []
+    print(f"copy {rate / 1e12:.2f} TB/s", flush=True)
     sources: list[tuple[str, Any]] = [("halfbyte", optim)]
     if importlib.util.find_spec("bitsandbytes"):
         sources.append(("bitsandbytes", importlib.import_module("bitsandbytes.optim")))
     fused = lambda p: torch.optim.AdamW(p, fused=True)  # noqa: E731
-    cases = [
-        ("torch", "AdamW fused", fused, torch.float32, 28.0),
-        *(
-            (who, name, getattr(source, name), torch.bfloat16, 6 + 2 * states)
-            for who, source in sources
-            for name, states in STATE_BYTES.items()
-        ),
-    ]
-    for count, numel in ((1, LARGE), (COUNT, SMALL), (1, COUNT * SMALL)):
-        for who, name, make, dtype, moved in cases:
-            ms = measure(make, count, numel, dtype)
-            share = moved * count * numel / (ms * 1e-3) / rate
-            row = {"who": who, "optimizer": name, "tensors": count, "numel": numel, "dtype": str(dtype)[6:]}
-            rows.append({**row, "ms": f"{ms:.3f}", "of_copy": f"{share:.2f}", "device": torch.cuda.get_device_name()})
-            print(rows[-1], flush=True)
-            write_csv("gpu_optim.csv", rows, out)
+    bf16, fp32 = torch.bfloat16, torch.float32
+
+    def add(who: str, name: str, dtype: torch.dtype, moved: float, columns: dict[str, str], *size: int) -> None:
+        count, numel = size
+        share = moved * count * numel / (float(columns["ms"]) * 1e-3) / rate
+        row = {"who": who, "optimizer": name, "tensors": count, "numel": numel, "dtype": str(dtype)[6:], **columns}
+        copied = f"{rate / 1e12:.3f}"
+        rows.append({**row, "of_copy": f"{share:.2f}", "copy_tb_s": copied, "device": torch.cuda.get_device_name()})
+        print({key: value for key, value in rows[-1].items() if key != "device"}, flush=True)
+        write_csv("gpu_optim.csv", rows, out)
+
+    for size in ((1, LARGE), (COUNT, SMALL), (1, COUNT * SMALL)):
+        add("torch", "AdamW fused", fp32, 28.0, measure(fused, *size, fp32), *size)
+        for name, states in STATES.items():
+            for who, source in sources:
+                if name.startswith("Paged") and (who != "halfbyte" or (size[0] == 1 and size[1] != LARGE)):
+                    continue  # theirs lie in managed memory, which can hang a shared GPU
+                add(who, name, bf16, 6 + 2 * states, measure(getattr(source, name), *size, bf16), *size)
+        add("halfbyte", "AdamW8bit, CUDA graph", bf16, 10.06, graphed(*size), *size)
+        add("halfbyte", "AdamW8bit", fp32, 16.06, measure(optim.AdamW8bit, *size, fp32), *size)
 
 
 if __name__ == "__main__":

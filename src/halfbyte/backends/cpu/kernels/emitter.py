@@ -330,6 +330,16 @@ class Emitter:
         self._declared.setdefault(name, f"declare void @{name}({self.pointer(I8)}, i32, i32, i32)")
         self.line(f"call void @{name}({self._at(address, I8)}, i32 0, i32 3, i32 1)")
 
+    def gather(self, elem: Type, base: Value, index: Value) -> Value:
+        """Entries of 4 bytes at ``base`` for i32 indices, by AVX-512's instruction: 16 lanes."""
+        type_ = index.type.of(elem.elem)
+        name = f"llvm.x86.avx512.mask.gather.{'dps' if elem.is_float else 'dpi'}.512"
+        kinds = (str(type_), self.pointer(I8), str(index.type), "<16 x i1>", "i32")
+        self._declared.setdefault(name, f"declare {type_} @{name}({', '.join(kinds)})")
+        every = f"<16 x i1> <{', '.join(['i1 true'] * 16)}>"
+        listed = f"{type_} zeroinitializer, {self._at(base, I8)}, {index.type} {index.name}, {every}, i32 4"
+        return self.emit(type_, f"call {type_} @{name}({listed})")
+
     # Control
 
     def _label(self, label: str) -> None:

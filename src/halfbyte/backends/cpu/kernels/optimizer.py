@@ -134,17 +134,12 @@ def emit_32bit(
                 e.store(value, place, volatile=True)
 
 
-def _lookup(e: Emitter, level: Level, elem: Type, base: Value, index: Value) -> Value:
-    """32-bit table entries at ``base`` for i32 indices, one by one: AVX2's gather is no faster (Zen 3)."""
-    found = e.undef(Type(elem.elem, level.lanes))
-    for lane in range(level.lanes):
-        offset = e.convert("zext", e.extract(index, lane), "i64") << 2
-        found = e.insert(found, e.load(elem, base + offset), lane)
-    return found
-
-
 class _Codes:
-    """One 8-bit state: its arguments, a block of it in fp32 on the stack, its absmax so far."""
+    """One 8-bit state: its arguments, a block of it in fp32 on the stack, its absmax so far.
+
+    Tables are read by gathers with AVX-512: Intel inserts and extracts lanes on one port. With AVX2 (Zen 3) a gather is
+    slower than one load after the other; then keys and entries of a block go through the stack.
+    """
 
     def __init__(self, e: Emitter, level: Level, args: dict[str, Value], number: int, blocksize: int) -> None:
         self._e, self._level, self._lanes = e, level, level.lanes
@@ -156,6 +151,8 @@ class _Codes:
         )
         self._mask = (e.const(self._low.type, 1) << self._shift) - 1
         self._values = e.buffer(F32, blocksize)
+        self._gathers, self._blocksize = level.lanes == 16, blocksize
+        self._keys = e.buffer(I32, 0 if self._gathers else blocksize)
         self._largest = e.variable(Type("i32", level.lanes), 0)
 
     def begin(self, block: Value) -> None:
@@ -164,6 +161,9 @@ class _Codes:
 
     def decode(self, element: Value) -> Value:
         e, found = self._e, self._e.undef(Type("float", self._lanes))
+        if self._gathers:
+            index = e.convert("zext", e.load(Type("i8", self._lanes), self._state + element), "i32")
+            return e.gather(F32, self._code, index) * self._scale
         for lane in range(self._lanes):
             index = e.convert("zext", e.load(I8, self._state + element + lane), "i64")
             found = e.insert(found, e.load(F32, self._code + (index << 2)), lane)
@@ -179,7 +179,8 @@ class _Codes:
         self._e.store(absmax, self._absmax + (block << 2))
         return walk.factors(absmax)
 
-    def encode(self, place: Value, element: Value, factors: tuple[Value, Value]) -> None:
+    def _key(self, place: Value, factors: tuple[Value, Value]) -> tuple[Value, Value]:
+        """Key of each value at ``place``, and the bits below it."""
         e = self._e
         scaled = e.load(Type("float", self._lanes), self._values + (place << 2)) * factors[0] * factors[1]
         bits = e.bits(scaled, Type("i32", self._lanes))
@@ -187,10 +188,36 @@ class _Codes:
         rising = bits ^ (e.convert("sext", e.compare("slt", bits, 0), "i32") & 0x7FFFFFFF)
         key = e.emit(rising.type, f"ashr {rising.type} {rising.name}, {self._shift.name}")
         key = e.select(e.compare("sgt", key, self._low), key, self._low)
-        key = e.select(e.compare("slt", key, self._high), key, self._high) - self._low
-        entry = _lookup(e, self._level, I32, self._ranks, key)
-        above = e.convert("zext", e.compare("ugt", rising & self._mask, entry >> 8), "i32")
+        return e.select(e.compare("slt", key, self._high), key, self._high) - self._low, rising & self._mask
+
+    def _store(self, entry: Value, rest: Value, element: Value) -> None:
+        e = self._e
+        above = e.convert("zext", e.compare("ugt", rest, entry >> 8), "i32")
         e.store(e.convert("trunc", (entry & 0xFF) + above, "i8"), self._state + element)
+
+    def encode(self, begin: Value, factors: tuple[Value, Value]) -> None:
+        """Store the block's codes."""
+        e, word = self._e, Type("i32", self._lanes)
+        with e.loop(0, self._blocksize, self._lanes) as place:
+            key, rest = self._key(place, factors)
+            if self._gathers:
+                self._store(e.gather(I32, self._ranks, key), rest, begin + place)
+            else:
+                e.store(key, self._keys + (place << 2))
+                e.store(rest, self._values + (place << 2))
+        if self._gathers:
+            return
+        with e.loop(0, self._blocksize, UNROLLED) as place:
+            for i in range(UNROLLED):
+                at = self._keys + ((place + i) << 2)
+                e.store(e.load(I32, self._ranks + (e.convert("zext", e.load(I32, at), "i64") << 2)), at)
+        with e.loop(0, self._blocksize, self._lanes) as place:
+            entry, rest = e.load(word, self._keys + (place << 2)), e.load(word, self._values + (place << 2))
+            self._store(entry, rest, begin + place)
+
+
+UNROLLED = 8
+"""Table entries that are read in a row."""
 
 
 def emit_8bit(
@@ -221,6 +248,5 @@ def emit_8bit(
                 for state, value in zip(states, fresh, strict=True):
                     state.keep(value, place)
             factors = [state.scale(block, walk) for state in states]
-            with e.loop(0, blocksize, level.lanes) as place:
-                for state, factor in zip(states, factors, strict=True):
-                    state.encode(place, begin + place, factor)
+            for state, factor in zip(states, factors, strict=True):
+                state.encode(begin, factor)
