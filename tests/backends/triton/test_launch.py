@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 from triton.runtime.jit import JITFunction
 
@@ -43,7 +44,7 @@ def test_batches_of_one_bucket_share_a_compiled_kernel(name: str) -> None:
     assert rows.do_not_specialize
 
 
-def test_a_second_call_goes_straight_to_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> tuple[launch.Launcher, list[tuple[object, ...]]]:
     calls: list[tuple[object, ...]] = []
 
     class Compiled:
@@ -57,9 +58,40 @@ def test_a_second_call_goes_straight_to_the_compiled_kernel(monkeypatch: pytest.
             return lambda *args, **options: Compiled()  # noqa: ARG005  (what Triton's call takes)
 
     monkeypatch.setattr(launch, "DIRECT", True)
-    launcher = launch.Launcher(Kernel(), (16, True), num_warps=4)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 90 + index, raising=False)
+    return launch.Launcher(Kernel(), (16, True), num_warps=4), calls
+
+
+def test_a_second_call_goes_straight_to_the_compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, calls = compiled_kernel(monkeypatch)
     assert not launcher.compiled()
     launcher.ordinary((2, 1, 1), "a", 7)
     assert launcher.compiled()
     launcher.direct((2, 1, 1), 99, 4096, 7)
     assert calls == [(2, 1, 1, 99, "function", "metadata", None, None, None, 4096, 7, 16, True)]
+
+
+def test_a_repeated_launch_passes_what_the_ordinary_one_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, calls = compiled_kernel(monkeypatch)
+    packed, absmax, pairs, x = (torch.zeros(64) for _ in range(4))
+    fixed = ((2, 3, 1), 1, (1, 8), (packed,), (absmax, None), (pairs,), (7, 8))
+    assert launcher.repeated(*fixed) is None
+    launcher.ordinary((2, 3, 1), packed, x, absmax, None, x, pairs, 7, 8)
+    call = launcher.repeated(*fixed)
+    assert call is not None
+    out = call(x)
+    assert out is not None
+    assert (out.shape, out.dtype) == ((1, 8), x.dtype)
+    head = (2, 3, 1, 91, "function", "metadata", None, None, None)
+    pointers = (packed.data_ptr(), x.data_ptr(), absmax.data_ptr(), None, out.data_ptr(), pairs.data_ptr())
+    assert calls == [(*head, *pointers, 7, 8, 16, True)]
+
+
+def test_a_repeated_launch_leaves_misaligned_activations_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher, calls = compiled_kernel(monkeypatch)
+    x = torch.zeros(65)
+    launcher.ordinary((1, 1, 1), x)
+    call = launcher.repeated((1, 1, 1), 0, (1, 8), (), (), (), ())
+    assert call is not None
+    assert call(x[1:]) is None
+    assert calls == []

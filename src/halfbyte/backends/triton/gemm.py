@@ -19,7 +19,7 @@ from halfbyte.backends.triton.decoded import DecodedPlan, decoded_kernel, sum_pa
 from halfbyte.backends.triton.dequantize import Nested, as_bytes, offset_fp32
 from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of, words_of
 from halfbyte.backends.triton.kernels.gemm_portable import _gemm_4bit_portable_kernel, _sum_partial_kernel
-from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, on_device, raw_stream, start
+from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, on_device, on_its_device, raw_stream, start
 from halfbyte.backends.triton.tuning import (
     FUSED_BATCHES,
     Tile,
@@ -146,11 +146,28 @@ class FusedPlan:
     def repeated(
         self, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, shape: tuple[int, ...], index: int
     ) -> Callable[[Tensor], Tensor | None] | None:
-        """``run`` with these tensors as they lie, for other activations; None where it takes two kernels."""
-        if self._sum is not None:
+        """``run`` with these tensors as they lie, for other activations; None where nothing ran yet."""
+        first = ((packed,), (absmax, *nested, bias), (self._pairs,), self._numbers)
+        total = self._sum
+        if total is None:
+            whole = self._launcher.repeated(self._grid, index, shape, *first)
+            return None if whole is None else on_its_device(whole, index)
+        parts = self._launcher.repeated(self._grid, index, (self.split, self.m, self.n), *first, torch.float32)
+        if parts is None or not total.compiled():
             return None
-        between = (absmax, *nested, bias)
-        return self._launcher.repeated(self._grid, index, shape, (packed,), between, (self._pairs,), self._numbers)
+        address = None if bias is None else bias.data_ptr()
+        numel = self.m * self.n
+        grid = (-(-numel // 1024), 1, 1)
+
+        def call(x: Tensor) -> Tensor | None:
+            partial = parts(x)
+            if partial is None:
+                return None
+            out = x.new_empty(shape)
+            total.direct(grid, raw_stream(index), partial.data_ptr(), address, out.data_ptr(), numel, self.n)
+            return out
+
+        return on_its_device(call, index)
 
 
 _plans: dict[tuple[Any, ...], FusedPlan | DecodedPlan | None] = {}

@@ -18,7 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "DIRECT", "Launcher", "on_device", "raw_stream", "start"]
+__all__ = ["ALIGNMENT", "DIRECT", "Launcher", "on_device", "on_its_device", "raw_stream", "start"]
 
 ALIGNMENT = 16
 """Bytes to which tensors must be aligned for kernels to be compiled for wide loads."""
@@ -40,6 +40,18 @@ def on_device(index: int) -> contextlib.AbstractContextManager[Any]:
     if torch.cuda.current_device() == index:
         return contextlib.nullcontext()
     return torch.cuda.device(index)
+
+
+def on_its_device(call: Callable[[Tensor], Any], index: int) -> Callable[[Tensor], Any]:
+    """``call`` with ``index`` as the current device: itself where there is no other."""
+    if torch.cuda.device_count() == 1:
+        return call
+
+    def guarded(x: Tensor) -> Any:
+        with on_device(index):
+            return call(x)
+
+    return guarded
 
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -93,6 +105,7 @@ class Launcher:
         between: tuple[Tensor | None, ...],
         after: tuple[Tensor, ...],
         numbers: tuple[int, ...],
+        dtype: torch.dtype | None = None,
     ) -> Callable[[Tensor], Tensor | None] | None:
         """A function of the activation alone that allocates the result and launches; None before :meth:`ordinary` ran.
 
@@ -100,12 +113,13 @@ class Launcher:
 
         Args:
             grid: Programs.
-            index: Of the device.
-            shape: Of the result, whose dtype and device are the activation's.
+            index: Of the device, which is current when the result is called.
+            shape: Of the result.
             before: What the kernel takes before the activation.
             between: What it takes between activation and result.
             after: What it takes after the result; kept alive.
             numbers: What follows.
+            dtype: Of the result; None is the activation's.
         """
         if self._run is None:
             return None
@@ -119,12 +133,8 @@ class Launcher:
             address = x.data_ptr()
             if address % ALIGNMENT:
                 return None
-            out = x.new_empty(shape)
+            out = x.new_empty(shape) if dtype is None else x.new_empty(shape, dtype=dtype)
             run(x_grid, y_grid, z_grid, stream(index), *first, address, *middle, out.data_ptr(), *last)
             return out
 
-        def guarded(x: Tensor) -> Tensor | None:
-            with on_device(index):
-                return call(x)
-
-        return call if torch.cuda.device_count() == 1 else guarded
+        return call
