@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import numpy as np
 import torch
 import triton.language as tl
 
@@ -80,9 +81,9 @@ def test_a_rule_keeps_its_code_and_loses_its_container() -> None:
 
 
 def test_whole_programs_and_the_rest_are_launched_apart() -> None:
-    addresses = (*(16 * word for word in range(1, 6)), 0, 0, 0)
-    odd = (1, *addresses[1:])
-    whole, rest = plan(((addresses, 3 * VALUES), (addresses, 2 * VALUES + 1), (odd, VALUES)), torch.device("cpu"))
+    addresses = [*(16 * word for word in range(1, 6)), 0, 0, 0]
+    words = np.asarray([addresses, addresses, [1, *addresses[1:]]], np.int64)
+    whole, rest = plan(words.tobytes(), (3 * VALUES, 2 * VALUES + 1, VALUES), torch.device("cpu"))
     assert (whole.masked, rest.masked) == (False, True)
     assert whole.owners.tolist() == [0, 0, 0, 1, 1]
     assert rest.owners.tolist() == [1, 2]

@@ -67,7 +67,7 @@ def _find(code: Tensor) -> _Map | str:
 
 
 def _declines(params: list[Tensor], tensors: list[Tensor]) -> str | None:
-    if any(not tensor.is_contiguous() for tensor in tensors):
+    if not all(map(Tensor.is_contiguous, tensors)):
         return "a tensor is not contiguous"
     if len({p.device for p in params}) > 1:
         return "parameters on several devices"
@@ -124,48 +124,48 @@ class Launch:
     owners: Tensor
 
 
-Row = tuple[tuple[int, ...], int]
-"""Eight addresses of a tensor, and its number of values."""
-
-
 @functools.lru_cache(maxsize=32)
-def plan(rows: tuple[Row, ...], device: torch.device) -> tuple[Launch, ...]:
+def plan(addresses: bytes, sizes: tuple[int, ...], device: torch.device) -> tuple[Launch, ...]:
     """The launches that step these tensors: whole programs, then what is left.
 
     Kept: a step with the same tensors copies nothing to the device, so that it can be captured in a graph.
+
+    Args:
+        addresses: Eight int64 for each tensor: parameter, gradient, three states, three absmax.
+        sizes: Values of each tensor.
+        device: Where they are.
     """
-    values = np.asarray([numel for _, numel in rows], np.int64)
-    odd = np.asarray([any(address % 16 for address in addresses[:5]) for addresses, _ in rows])
+    words, values = np.frombuffer(addresses, np.int64).reshape(len(sizes), 8), np.asarray(sizes, np.int64)
+    odd = (words[:, :5] % 16).any(axis=1)
     whole = np.where(odd, 0, values // VALUES)
     launches: list[Launch] = []
     for masked, counts, before in ((False, whole, 0 * whole), (True, -(-values // VALUES) - whole, whole)):
         if not counts.any():
             continue
         # A tensor's first program here steps what lies behind the programs before.
-        first = np.cumsum(counts) - counts - before
-        table = np.column_stack([np.asarray([addresses for addresses, _ in rows], np.int64), values, first])
-        owners = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+        table = np.column_stack([words, values, np.cumsum(counts) - counts - before])
+        owners = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
         with torch.inference_mode(False):
             launches.append(Launch(masked, torch.from_numpy(table).to(device), torch.from_numpy(owners).to(device)))
     return tuple(launches)
 
 
-def _rows(
+def _addresses(
     places: list[int],
     params: list[Tensor],
     grads: list[Tensor],
     states: list[Tensor],
     absmax: list[Tensor],
     count: int,
-) -> tuple[Row, ...]:
-    rows: list[Row] = []
-    rest = (0,) * (3 - count)
-    for place in places:
-        own = [state.data_ptr() for state in states[count * place : count * (place + 1)]]
-        scales = [scale.data_ptr() for scale in absmax[count * place : count * (place + 1)]] or [0] * count
-        p = params[place]
-        rows.append(((p.data_ptr(), grads[place].data_ptr(), *own, *rest, *scales, *rest), p.numel()))
-    return tuple(rows)
+) -> bytes:
+    """For :func:`plan`."""
+    words = np.zeros((len(params), 8), np.int64)
+    words[:, 0] = [p.data_ptr() for p in params]
+    words[:, 1] = [g.data_ptr() for g in grads]
+    words[:, 2 : 2 + count] = np.asarray([state.data_ptr() for state in states]).reshape(-1, count)
+    if absmax:
+        words[:, 5 : 5 + count] = np.asarray([scale.data_ptr() for scale in absmax]).reshape(-1, count)
+    return words[places].tobytes()
 
 
 def _prepared(
@@ -189,7 +189,11 @@ def _prepared(
         launches = [
             (launch, p, g)
             for (p, g), places in _groups(params, grads).items()
-            for launch in plan(_rows(places, params, grads, states, absmax, count), device)
+            for launch in plan(
+                _addresses(places, params, grads, states, absmax, count),
+                tuple([params[place].numel() for place in places]),
+                device,
+            )
         ]
     kernel: Any = kernels._optimizer_kernel
     constants = {
