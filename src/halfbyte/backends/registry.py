@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class Backend:
         priority: The highest that does not decline computes.
         module: Imported at the first use of a matching device; registers its ops with :func:`implements`.
         why_not: Returns why it cannot serve on this machine at all (a missing package, say), else None.
+        why_not_on: Returns why it cannot serve on that device of one of its types, else None.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Backend:
     priority: int
     module: str
     why_not: Callable[[], str | None] = lambda: None
+    why_not_on: Callable[[torch.device], str | None] = lambda device: None
 
     def serves(self, device: str) -> bool:
         """Whether it computes on that device type."""
@@ -79,8 +82,9 @@ class _Implementation:
 
 _backends: dict[str, Backend] = {}
 _implementations: dict[str, dict[str, _Implementation]] = {}
-_candidates: dict[tuple[str, str], tuple[_Implementation, ...]] = {}
+_candidates: dict[tuple[str, torch.device], tuple[_Implementation, ...]] = {}
 _loaded: dict[str, str | None] = {}
+_told: set[torch.device] = set()
 _kernels: dict[str, Callable[..., Any]] = {}
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack  # pyright: ignore[reportPrivateUsage]
@@ -177,7 +181,7 @@ def prepare(op: str, *args: Any) -> Callable[..., Any] | None:
     return None
 
 
-def select(op: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+def select(op: str, device: torch.device, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
     """The function that computes this call.
 
     Raises:
@@ -249,15 +253,28 @@ def tune(
     return measure.tune(shapes or measure.SHAPES, workers, expect, tick)
 
 
-def _find_candidates(op: str, device: str) -> tuple[_Implementation, ...]:
-    usable = [backend for backend in backends() if _why_not(backend, device) is None]
+def _find_candidates(op: str, device: torch.device) -> tuple[_Implementation, ...]:
+    reasons = {backend: _why_not(backend, device) for backend in backends()}
+    usable = [backend for backend, reason in reasons.items() if reason is None]
+    _tell_slow(device, reasons)
     table = _implementations.get(op, {})
     found = tuple(table[backend.name] for backend in usable if backend.name in table)
     _candidates[(op, device)] = found
     return found
 
 
-def _why_not(backend: Backend, device: str) -> str | None:
+def _tell_slow(device: torch.device, reasons: dict[Backend, str | None]) -> None:
+    """Say once that a device other than the CPU gets no kernels of its own, though the user asked for no backend."""
+    made_for_it = {b: reason for b, reason in reasons.items() if b.devices and b.serves(device.type)}
+    if device in _told or device.type in ("cpu", "meta") or not made_for_it or _env.get("HALFBYTE_BACKEND"):
+        return
+    _told.add(device)
+    if None not in made_for_it.values():
+        why = "; ".join(f"{backend.name}: {reason}" for backend, reason in made_for_it.items())
+        warnings.warn(f"quantized layers on {device} compute in plain torch operations, slowly ({why})", stacklevel=2)
+
+
+def _why_not(backend: Backend, device: torch.device) -> str | None:
     forced = _env.get("HALFBYTE_BACKEND")
     if forced and forced not in _backends:
         raise ArgumentError(
@@ -265,14 +282,15 @@ def _why_not(backend: Backend, device: str) -> str | None:
         )
     if forced and backend.name != forced:
         return f"HALFBYTE_BACKEND={forced} asks for another"
-    if not backend.serves(device):
-        return f"serves {', '.join(sorted(backend.devices))}, not {device}"
+    if not backend.serves(device.type):
+        return f"serves {', '.join(sorted(backend.devices))}, not {device.type}"
     if backend.name not in _loaded:
         reason = backend.why_not()
         if reason is None:
             importlib.import_module(backend.module)
         _loaded[backend.name] = reason
-    return _loaded[backend.name]
+    reason = _loaded[backend.name]
+    return backend.why_not_on(device) if reason is None else reason
 
 
 def _read_entry_points() -> None:
@@ -286,19 +304,19 @@ def _read_entry_points() -> None:
         point.load()()
 
 
-def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def _device_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
     for value in (*args, *kwargs.values()):
         if isinstance(value, list):  # ops over many tensors start with the list of them
             value = next(iter(value), None)  # pyright: ignore[reportUnknownArgumentType]
         if isinstance(value, torch.Tensor):
-            return value.device.type
-    return "cpu"
+            return value.device
+    return torch.device("cpu")
 
 
 def _kernel_for(op: str, check: Callable[..., None]) -> Callable[..., Any]:
     def checked(first: Any, *args: Any, **kwargs: Any) -> Any:
         check(first, *args, **kwargs)
-        device = first.device.type if isinstance(first, torch.Tensor) else _device_of((first,), kwargs)
+        device = first.device if isinstance(first, torch.Tensor) else _device_of((first,), kwargs)
         return select(op, device, (first, *args), kwargs)(first, *args, **kwargs)
 
     _kernels[op] = checked
@@ -311,5 +329,14 @@ def _missing(package: str) -> Callable[[], str | None]:
 
 bind(_kernel_for)
 register(Backend("reference", frozenset(), 0, "halfbyte.backends.reference"))
-register(Backend("triton", frozenset({"cuda"}), 20, "halfbyte.backends.triton", why_not=gpu_support.why_not))
+register(
+    Backend(
+        "triton",
+        frozenset({"cuda"}),
+        20,
+        "halfbyte.backends.triton",
+        why_not=gpu_support.why_not,
+        why_not_on=gpu_support.why_not_on,
+    )
+)
 register(Backend("cpu", frozenset({"cpu"}), 10, "halfbyte.backends.cpu", why_not=_missing("llvmlite")))

@@ -24,6 +24,8 @@ BATCHES = (1, 8, 128)
 COLD_BYTES = 100 << 20
 """Layers rotate over at least this many bytes of codes on a GPU, and a third of it on a CPU, so that caches miss."""
 
+MOST_COPIES = 64
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -99,7 +101,7 @@ def _figures(rows: int, columns: int, device: Any) -> list[dict[str, Any]]:
     gpu = device.type == "cuda"
     dtype = torch.bfloat16 if gpu else default_compute_dtype(device)
     size = rows * columns // 2
-    copies = max(2, (COLD_BYTES if gpu else COLD_BYTES // 3) // size)
+    copies = min(MOST_COPIES, max(2, (COLD_BYTES if gpu else COLD_BYTES // 3) // size))
     torch.manual_seed(0)
     weight = torch.randn(rows, columns, dtype=dtype, device=device) * 0.02
     dense = torch.nn.Linear(columns, rows, bias=False, device="meta")
