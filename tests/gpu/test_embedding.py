@@ -62,3 +62,45 @@ def test_a_look_up_is_captured_in_a_graph_and_compiled_whole() -> None:
     graph.replay()
     assert torch.equal(found, whole[ids])
     assert torch.equal(torch.compile(look_up, fullgraph=True)(ids), whole[ids])
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64, 512])
+def test_the_logits_of_a_whole_vocabulary_need_no_dequantized_head(batch: int) -> None:
+    rows, columns = 128256, 2048
+    packed, absmax = ops.quantize_4bit(
+        torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16), 64, "nf4", torch.uint8
+    )
+    x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
+    logits = ops.gemm_4bit(x, packed, [rows, columns], absmax, 64, "nf4")
+    part = slice(100_000, 100_512)
+    weight = ops.dequantize_4bit(packed, absmax, 64, "nf4", [rows, columns], torch.float32)[part]
+    exact = x.float() @ weight.t()
+    assert (logits[:, part].float() - exact).norm() / exact.norm() < 5e-3
+    torch.cuda.synchronize()
+    del weight, exact
+    before, kept = torch.cuda.memory_allocated(), logits.numel() * 2
+    torch.cuda.reset_peak_memory_stats()
+    ops.gemm_4bit(x, packed, [rows, columns], absmax, 64, "nf4")
+    torch.cuda.synchronize()
+    # The bf16 table would be 525 MB.
+    assert torch.cuda.max_memory_allocated() - before - kept < rows * columns * 2 / 8
+
+
+def test_a_tied_model_on_a_gpu_shares_one_packed_table() -> None:
+    from halfbyte.nn import Embedding4bit, Linear4bit
+
+    table = Embedding4bit(3000, 256, dtype=torch.bfloat16, quant_type="nf4")
+    head = Linear4bit(256, 3000, False, torch.bfloat16)
+    head.weight = table.weight
+    model = torch.nn.Sequential(table, head).cuda()
+    assert model[0].weight is model[1].weight
+    ids = torch.randint(0, 3000, (2, 5), device="cuda")
+    rows = model[0](ids)
+    values = reference.dequantize_4bit(
+        table.weight.data, table.quant_state.absmax, 64, "nf4", [3000, 256], torch.bfloat16
+    )
+    assert torch.equal(rows, values[ids])
+    exact = rows.float() @ values.float().t()
+    assert (model(ids).float() - exact).norm() / exact.norm() < 5e-3
+    back = model.cpu()
+    assert torch.equal(back[0](ids.cpu()), rows.cpu())
