@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,16 +147,15 @@ class Bucket:
             _ops.optimizer_step_32bit(params, grads, states, hyper, name, skip, seed)
 
     def _step_paged(self, pager: Pager, hyper: Tensor) -> None:
-        hyper, draws = hyper.to(self.device, non_blocking=True), iter(range(1 << 31))
-        pager.run(
-            loads(self.params, self.grads, self.states, self.absmax, self.blocksize),
-            len(self.rule.signed),
-            self.states[0].dtype,
+        hyper, draws = hyper.to(self.device, non_blocking=True), itertools.count()
+
+        def step(params: list[Tensor], grads: list[Tensor], states: list[Tensor], absmax: list[Tensor]) -> None:
             # Each load counts its elements from 0, so each draws by a seed of its own.
-            lambda *lists: self._call(
-                *lists, hyper, self.seed if self.seed < 0 else (self.seed + next(draws)) & 0x7FFFFFFF
-            ),
-        )
+            seed = self.seed if self.seed < 0 else (self.seed + next(draws)) & 0x7FFFFFFF
+            self._call(params, grads, states, absmax, hyper, seed)
+
+        work = loads(self.params, self.grads, self.states, self.absmax, self.blocksize)
+        pager.run(work, len(self.rule.signed), self.states[0].dtype, step)
 
     def step_edges(self, edges: Edges, hyper: Tensor) -> list[Tensor]:
         """Step the edges' values in fp32; returns the new states (edges, blocksize)."""

@@ -168,6 +168,12 @@ def _addresses(
     return words[places].tobytes()
 
 
+@functools.cache
+def _speaks_ptx(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU with instructions for pairs of halves: sm_80 on."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def _prepared(
     params: list[Tensor],
     grads: list[Tensor],
@@ -184,7 +190,7 @@ def _prepared(
     found = [one for one in map(_find, maps) if not isinstance(one, str)]
     kinds = [one.kind for one in found] + [0] * (3 - len(maps))
     codes = [code.contiguous() for code in maps]
-    ptx = device.type == "cuda" and torch.version.hip is None
+    ptx = _speaks_ptx(device)
     with on_device(device.index):
         launches = [
             (launch, p, g)
