@@ -234,6 +234,14 @@ def test_the_layer_compiles_without_a_graph_break_for_forward_and_backward(mixtr
     assert torch.allclose(results[0][1], results[1][1], atol=1e-6)
 
 
+def test_the_whole_model_compiles_without_a_graph_break(saved: Path) -> None:
+    model = load(saved).requires_grad_(False)
+    logits = model(IDS, use_cache=False).logits
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert distance(compiled(IDS, use_cache=False).logits, logits) < CLOSE
+
+
 def test_unquantized_models_still_choose_their_experts_implementation(mixtral: Path) -> None:
     import transformers
 

@@ -119,8 +119,9 @@ def _extend_4bit(quantizer: Any) -> None:
         model.is_loaded_in_4bit = False
         return model
 
-    if hasattr(quantizer, "get_load_operations"):  # older transformers names its conversions itself
+    if hasattr(quantizer, "get_quantize_ops"):
         quantizer.get_quantize_ops = get_quantize_ops
+    if hasattr(quantizer, "get_load_operations"):  # older transformers names its conversions itself
         quantizer.get_load_operations = get_load_operations
     quantizer._dequantize = _dequantize
 

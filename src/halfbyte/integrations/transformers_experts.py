@@ -15,15 +15,15 @@ from halfbyte.nn.left_alone import leave_alone
 __all__ = ["convert_experts", "extend", "is_expert"]
 
 COMPANIONS = (
-    "",
     ".nested_absmax",
     ".nested_quant_map",
     ".quant_map",
     ".absmax",
     ".quant_state.bitsandbytes__nf4",
     ".quant_state.bitsandbytes__fp4",
+    "",
 )
-"""What follows a 4-bit parameter's name in a checkpoint."""
+"""What follows a 4-bit parameter's name in a checkpoint. Its own last: older transformers takes the first that fits."""
 
 
 def is_expert(model: torch.nn.Module, name: str) -> bool:
