@@ -143,6 +143,9 @@ class Pager:
         key = (count, dtype)
         if key not in self._buffers:
             self._buffers[key] = [_Buffer(count, dtype, self._device) for _ in range(BUFFERS)]
+            for buffer in self._buffers[key]:
+                for state in buffer.states:
+                    state.record_stream(self._store)
             # The streams may touch them only after what the allocator gave their memory for before is done.
             self._fetch.wait_stream(torch.cuda.current_stream(self._device))
         return self._buffers[key]

@@ -28,9 +28,9 @@ def fresh(rule, dtype, blocksize):
     return params, [p.clone() for p in params], fp32, codes, absmax
 
 
-def steps(module, rule, dtype, blocksize, seed, skip):
+def steps(module, rule, dtype, blocksize, seed, skip, known=MAPS):
     params, others, fp32, codes, absmax = fresh(rule, dtype, blocksize)
-    maps = [MAPS[one] for one in rule_named(rule).signed]
+    maps = [known[one] for one in rule_named(rule).signed]
     generator = torch.Generator().manual_seed(3)
     for t in range(1, 5):
         grads = [
@@ -71,5 +71,7 @@ found["fp16"] = difference("adam", torch.float16, 256, -1, False)
 found["blocks of 2048"] = difference("ademamix", torch.float32, 2048, -1, False)
 # bf16 with random rounding only: the interpreter truncates where a GPU rounds to nearest.
 found["random"] = difference("lion", torch.bfloat16, 256, 99, False)
+line = torch.linspace(-1.0, 1.0, 256)
+found["another map"] = difference("adam", torch.float32, 256, -1, False, {True: line, False: line})
 found["skip zeros"] = difference("adam", torch.float16, 256, -1, True)
 print(json.dumps(found))

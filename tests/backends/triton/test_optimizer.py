@@ -16,13 +16,15 @@ import numpy as np
 import torch
 import triton.language as tl
 
+from halfbyte.backends.triton.kernels import optimizer as kernels
 from halfbyte.backends.triton.kernels.optimizer import _optimizer_kernel
 from halfbyte.backends.triton.optimizer import VALUES, plan
 from halfbyte.backends.triton.rules import function_of, source_of
+from halfbyte.formats.dynamic import dynamic_map
 from halfbyte.rules import rule_named, rule_names
 from tests.backends.triton.compiling import build
 
-CASES = [*rule_names(), "fp16", "blocks of 2048", "random", "skip zeros"]
+CASES = [*rule_names(), "fp16", "blocks of 2048", "random", "skip zeros", "another map"]
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,61 @@ def test_the_kernel_compiles(rule: str, eight: bool, masked: bool, target: str) 
     built = build(_optimizer_kernel, types, constants, target=target, enable_fp_fusion=False)
     # The masked kernel serves the ends of tensors only.
     assert built.registers_spilled <= (64 if masked else 16)
+
+
+def halves(text: str) -> np.ndarray:
+    """Both halves of a constant of the assembly are the same number."""
+    return np.asarray([int(text, 16) & 0xFFFF], np.uint16).view(np.float16)[0]
+
+
+def guessed(x: np.ndarray, assembly: str) -> np.ndarray:  # noqa: C901  # a case an instruction
+    """The assembly, line by line, one value in each half, by numpy's half precision."""
+    constant, other = np.float16(0), np.float16(0)
+    values: dict[str, np.ndarray] = {}
+    sign = np.where(np.signbit(x), np.float16(-1), np.float16(1))
+    for part in assembly.replace("\n", " ").split(";"):
+        words = part.replace(",", " ").replace("{", " ").replace("}", " ").split()
+        match words:
+            case ["cvt.rn.f16x2.f32", to, *_]:
+                values[to] = x.astype(np.float16)
+            case ["mov.b32", "c", number]:
+                constant = halves(number)
+            case ["mov.b32", "d", number]:
+                other = halves(number)
+            case ["mov.b32", to, source]:
+                values[to] = values[source]
+            case ["mul.rn.f16x2", to, source, "c"]:
+                values[to] = values[source] * constant
+            case ["and.b32", "a", source, "0x7FFF7FFF"]:
+                values["a"] = np.abs(values[source])
+            case ["fma.rn.f16x2", to, source, "c", "d"]:
+                # One rounding: halves and their products are exact in fp64.
+                values[to] = (values[source].astype(np.float64) * float(constant) + float(other)).astype(np.float16)
+            case ["min.f16x2", "n", "n", "t"]:
+                values["n"] = np.minimum(values["n"], values["t"])
+            case ["xor.b32", "n", "n", "s"]:
+                values["n"] = values["n"] * sign
+            case ["add.rn.f16x2", "n", "n", "c"]:
+                values["n"] = values["n"] + constant
+            case [".reg", *_] | ["and.b32", "s", *_] | ["and.b32", "$0", *_] | ["bfe.u32", *_] | []:
+                pass
+            case _:
+                raise AssertionError(part)
+    return values["n"].view(np.uint16).astype(np.int64) & 0xFF
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_guess_is_the_code_or_one_more(signed: bool) -> None:
+    levels = dynamic_map(signed)
+    middles = (levels[:-1] + levels[1:]) * np.float32(0.5)
+    every = np.arange(0x2F800000, 0x3F800001, 1 << 8, dtype=np.int32).view(np.float32)
+    around = [np.nextafter(middles, np.float32(side)) for side in (-2, 2)]
+    x = np.concatenate([np.asarray([0.0, 1e-30, 1.0], np.float32), np.abs(np.concatenate([middles, *around])), every])
+    if signed:
+        x = np.concatenate([x, -x])
+    excess = guessed(x, kernels._assembly(signed)) - np.searchsorted(middles, x, side="left")
+    assert set(np.unique(excess)) == {0, 1}
 
 
 def test_a_rule_keeps_its_code_and_loses_its_container() -> None:
