@@ -23,7 +23,7 @@ def test_the_figures_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(capsys.readouterr().out)
     assert [row["rows"] for row in rows] == [1, 8, 128]
     for row in rows:
-        assert row["speedup"] == pytest.approx(row["dense_us"] / row["nf4_us"], rel=0.05)
+        assert row["speedup"] == pytest.approx(row["dense_us"] / row["nf4_us"], abs=0.02)
 
 
 @pytest.mark.parametrize("shape", ["64", "64x", "0x64", "ax64", "-1x64"])

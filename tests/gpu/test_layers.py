@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halfbyte.nn import Linear4bit
 from tests.support.listening import Listener
+from tests.support.small_llama import TOKENS, adapted_llama, gradients
 
 pytestmark = pytest.mark.gpu
 
@@ -122,6 +123,24 @@ def test_a_compiled_training_step_is_one_graph(mode: str) -> None:
     for got, expected in zip((x.grad, down.weight.grad, up.weight.grad), want, strict=True):
         assert got is not None
         assert ((got - expected).float().norm() / expected.float().norm()).item() < 2e-2
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_models_compiled_training_step_has_the_eager_gradients(mode: str) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("peft")
+    model, tokens = adapted_llama("cuda", torch.bfloat16, layers=1), TOKENS.cuda()
+    model(tokens, labels=tokens).loss.backward()
+    want = gradients(model)
+    assert want
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    for _ in range(3):
+        model.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
+        compiled(tokens, labels=tokens).loss.backward()
+    found = gradients(model)
+    for name, grad in want.items():
+        assert ((found[name] - grad).float().norm() / grad.float().norm()).item() < 5e-2, name
 
 
 def test_an_exported_layer_computes_the_same() -> None:
