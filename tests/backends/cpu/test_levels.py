@@ -22,7 +22,7 @@ VARIANTS = {
     "dequantize_4bit": [{"dtype": d, **s, "exact": s["halves"]} for d, s in itertools.product(DTYPES, SCALES)],
     "prepare": [{"dtype": d, "tile": 4} for d in DTYPES],
     "product_4bit": [{"dtype": d, **s, "tile": t} for d in DTYPES for s, t in zip(SCALES, (1, 4), strict=True)],
-    "quantize_blockwise": [{"dtype": d} for d in DTYPES],
+    "quantize_blockwise": [{"dtype": d, "repeats": r} for d in DTYPES for r in (False, True)],
     "dequantize_blockwise": [{"dtype": d} for d in DTYPES],
 }
 """The 4-bit and blockwise kernels, each dtype with one scale layout after the other."""
@@ -64,7 +64,7 @@ INSTRUCTIONS = [
     ("dequantize_4bit", "neon", {"dtype": "bf16", **PLAIN}, [r"\ttbl\t"]),
     ("quantize_4bit", "avx512", {**RANK, "buckets": True}, [r"vperm[it]2(ps|d)\s.*%zmm", r"vcmp.*%zmm"]),
     ("quantize_4bit", "avx512", {**RANK, "buckets": False}, [r"vperm(ps|d)\s.*%zmm", r"vcmp.*%zmm"]),
-    ("quantize_4bit", "avx2", {**RANK, "buckets": False}, [r"vpermps\s.*%ymm", r"vcmp.*%ymm"]),
+    ("quantize_4bit", "avx2", {**RANK, "buckets": False}, [r"vperm(ps|d)\s.*%ymm", r"vcmp.*%ymm"]),
     ("quantize_4bit", "neon", {**RANK, "buckets": False}, [r"\ttbl\t.*\{.*v.*,.*v.*,.*v.*,.*v.*\}"]),
 ]
 

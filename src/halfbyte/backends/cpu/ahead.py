@@ -37,7 +37,10 @@ def plan(
             ]
         found += [("prepare", {"dtype": dtype, "tile": tile}) for tile in tiles_in_use()]
     if any(nested):
-        found += [("quantize_blockwise", {"dtype": "f32"}), ("dequantize_blockwise", {"dtype": "f32"})]
+        found += [
+            ("quantize_blockwise", {"dtype": "f32", "repeats": False}),
+            ("dequantize_blockwise", {"dtype": "f32"}),
+        ]
     if torch.float32 not in dtypes:  # slices are multiplied in fp32 where the CPU has no product of the dtype
         found += [
             ("dequantize_4bit", {"dtype": "f32", "nested": double, "halves": half, "exact": False})
@@ -46,13 +49,15 @@ def plan(
     return found
 
 
-def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype]) -> None:
+def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, int]] = ()) -> None:
     """Compile for this machine what 4-bit models of default blocksize need, and report through ``say``.
 
     Args:
         say: Takes one line of text.
         dtypes: Of activations.
+        shapes: Not needed: these kernels serve every shape.
     """
+    del shapes
     start = time.perf_counter()
     wanted = plan(dtypes, (DEFAULT_BLOCKSIZE_4BIT,), (False, True))
     for name, variant in wanted:

@@ -69,14 +69,13 @@ def _quantize_blocks(flat: Tensor, code: Tensor, blocksize: int, out: Tensor, ab
     if not count or isinstance(found, str):
         return
     a_piece = max(1, PIECE // blocksize)
-    kernel("quantize_blockwise", dtype=DTYPES[flat.dtype])(
+    kernel("quantize_blockwise", dtype=DTYPES[flat.dtype], repeats=found.repeats)(
         blocks.block_count(count, a_piece),
         flat.data_ptr(),
         out.data_ptr(),
         absmax.data_ptr(),
-        found.table.address,
-        found.low,
-        found.count,
+        found.center,
+        found.shift,
         count,
         blocksize,
         a_piece,

@@ -335,7 +335,7 @@ def _sliced(
     out: Tensor,
 ) -> None:
     columns = activations.shape[1]
-    dtype = _compute_dtype(out.dtype)
+    dtype = compute_dtype(out.dtype)
     activations, bias = activations.to(dtype), None if bias is None else bias.to(dtype)
     step = _slice_of(rows, columns * dtype.itemsize)
     with torch.no_grad():
@@ -347,13 +347,13 @@ def _sliced(
             out[:, start:stop] = torch.nn.functional.linear(activations, piece.view(-1, columns), part)
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What slices are multiplied in: bf16 where the CPU has products of bf16; elsewhere fp32 is faster."""
     return dtype if dtype == torch.bfloat16 and host.multiplies_bf16() else torch.float32
 
 
 def _fused_batch(dtype: torch.dtype) -> int:
-    return FUSED_BATCH.get((host.level().name, _compute_dtype(dtype)), 16)
+    return FUSED_BATCH.get((host.level().name, compute_dtype(dtype)), 16)
 
 
 def _slice_of(count: int, size: int) -> int:
@@ -383,7 +383,7 @@ def gemm_4bit_dgrad(
     scales = Scales(absmax, absmax_8bit, absmax_code, absmax_offset)
     weight, table = B.detach().contiguous(), tables.lookup_of(quant_type)
     flat, result = grad.detach().reshape(-1, rows), out.view(-1, columns)
-    dtype = _compute_dtype(out.dtype)
+    dtype = compute_dtype(out.dtype)
     flat, step = flat.to(dtype), _slice_of(columns, rows * dtype.itemsize)
     with torch.no_grad():
         for start in range(0, columns, step):

@@ -113,52 +113,64 @@ def _coding(book: Codebook) -> str:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Buckets of an 8-bit map and how a value finds its own; see ``kernels/blockwise.py``."""
+    """Buckets of an 8-bit map and how a value finds its own; see ``kernels/blockwise.py``.
+
+    Attributes:
+        table: One u32 for each bucket.
+        center: Address of bucket 0.
+        shift: Bits of a value that its bucket leaves open.
+        repeats: The map repeats values, so that a code may be followed by one that is not the next.
+    """
 
     table: Table
-    low: int
-    count: int
+    center: int
+    shift: int
+    repeats: bool
 
 
-_ONE = 0x3F80  # upper half of 1.0; scaled values are at most 1 in magnitude, give or take a rounding
-_NEVER = 0xFFFF0000
+_SHIFTS = (18, 17, 16)
+_INFINITY = 0x7F800000
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)
 def buckets(code: bytes) -> Buckets | str:
     """Buckets for a rising map of 256 fp32, given as its bytes; a reason if its values are too close together.
 
-    A bucket is a range of magnitudes that share sign, exponent and seven bits of the mantissa. It may hold one
-    midpoint: then one comparison of the other 16 bits finds the rank.
+    A float's bits, negative ones turned around, are an integer that rises with the value. Its upper bits count to a
+    bucket, which may hold one midpoint: then one comparison of the other bits finds the rank. The fewer buckets, the
+    less they take of the cache.
     """
     values = np.frombuffer(code, np.float32)
     if not np.isfinite(values).all() or (np.diff(values) < 0).any():
         return "the code map does not rise from value to value"
-    midpoints = ((values[:-1] + values[1:]) * np.float32(0.5)).astype(np.float32)
-    magnitudes = np.abs(midpoints[midpoints != 0]).view(np.uint32)
-    # The bucket below the smallest midpoint is the first: all smaller magnitudes have its code.
-    low = max(0, int(magnitudes.min() >> 16) - 1) if magnitudes.size else _ONE - 1
-    count = _ONE + 1 - low
-    if count > 1 << 13 or count < 1:
-        return "the code map has values too far from 1"
-    first = np.arange(low, low + count, dtype=np.uint32) << np.uint32(16)
-    last = (first | np.uint32(0xFFFF)).view(np.float32)
-    first[0] = 1  # zero has a bucket of its own
-    first = first.view(np.float32)
-    positive, negative = _entries(midpoints, first, last), _entries(midpoints, -last, -first)
-    if positive is None or negative is None:
-        return "the code map has values too close together for one comparison each"
-    zero = np.searchsorted(midpoints, np.float32(0.0), side="left")
-    entries = np.concatenate([positive, negative, np.array([_NEVER | int(zero), _NEVER], np.uint32)])
-    return Buckets(Table.of(entries.view(np.uint8)), low, count)
+    midpoints = ((values[:-1] + values[1:]) * np.float32(0.5)).astype(np.float32) + np.float32(0)  # no -0
+    bits = midpoints.view(np.int32)
+    ordered = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64)
+    different, counts = np.unique(ordered, return_counts=True)
+    repeats = bool((counts > 1).any())
+    for shift in _SHIFTS[-1:] if repeats else _SHIFTS:
+        found = _entries(different, counts, shift)
+        if found is not None:
+            return Buckets(Table.of(found.view(np.uint8)), int(found.ctypes.data) + found.nbytes // 2, shift, repeats)
+    return "the code map has values too close together for one comparison each"
 
 
-def _entries(midpoints: FloatArray, lowest: FloatArray, highest: FloatArray) -> npt.NDArray[np.uint32] | None:
-    """One u32 a bucket, given by its lowest and highest value: the rank, one more above the midpoint in it."""
-    below = np.searchsorted(midpoints, lowest, side="left")
-    above = np.searchsorted(midpoints, highest, side="left")
-    if (above > below + 1).any():
+def _entries(
+    midpoints: npt.NDArray[np.int64], counts: npt.NDArray[np.int64], shift: int
+) -> npt.NDArray[np.uint32] | None:
+    """One u32 for each bucket of ``2**shift`` integers; None if one holds two different midpoints."""
+    half = 1 << (31 - shift)
+    first = np.arange(-half, half, dtype=np.int64) << shift
+    place = np.searchsorted(midpoints, first)
+    inside = np.searchsorted(midpoints, first + (1 << shift)) - place
+    if (inside > 1).any():
         return None
-    bits = midpoints[np.minimum(below, midpoints.size - 1)].view(np.uint32)
-    bits = np.where(bits >> 31, ~bits, bits) << np.uint32(16)
-    return (np.where(above > below, bits, np.uint32(_NEVER)) | below).astype(np.uint32)
+    place = np.minimum(place, midpoints.size - 1)
+    below = np.concatenate([[0], np.cumsum(counts)])[np.searchsorted(midpoints, first)]
+    open_bits = ((midpoints[place] << (32 - shift)) & 0xFFFFFFFF) ^ 0x80000000  # to be compared as signed
+    if (counts > 1).any():
+        open_bits |= counts[place] << 8
+    never = 0x80000000 - (1 << (32 - shift))
+    found = np.where(inside > 0, open_bits, never) | below
+    found[first >= _INFINITY] = never  # NaN has rank 0
+    return found.astype(np.uint32)

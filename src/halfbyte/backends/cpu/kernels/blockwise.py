@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, I32, Emitter, Value
+from halfbyte.backends.cpu.kernels.emitter import F32, I8, Emitter, Value
 from halfbyte.backends.cpu.kernels.level import Level
 from halfbyte.backends.cpu.kernels.quantize import UNIT, Blocks
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, store_float
@@ -14,29 +14,22 @@ QUANTIZE_ARGUMENTS = (
     "out",
     "absmax",
     "buckets",
-    "key_low",
-    "key_count",
+    "shift",
     "blocks",
     "blocksize",
     "blocks_a_piece",
 )
-"""``buckets``: one u32 for each range of values that share the upper half of their fp32 bits: in its own upper half
-what the lower half (turned around for negative values, so that it rises with them) must exceed for the next code, in
-its lowest byte the code up to there. First ``key_count`` for positive values by rising magnitude, then as many for
-negative ones, then one for zero and one for NaN. ``key_low``: upper half of the first; first and last take all beyond.
-"""
+"""``buckets``: address of bucket 0 of :class:`halfbyte.backends.cpu.tables.Buckets`. Its lowest byte is the code up to
+its midpoint, the open bits of that midpoint are its highest. With repeats the second byte counts to the next code."""
 
 DEQUANTIZE_ARGUMENTS = ("source", "out", "absmax", "code", "numel", "blocks", "blocksize", "blocks_a_piece")
 
 
-def emit_quantize(e: Emitter, level: Level, *, dtype: str) -> None:
+def emit_quantize(e: Emitter, level: Level, *, dtype: str, repeats: bool) -> None:
     """Write the kernel that quantizes floats of ``dtype``: keys in registers, then one table entry for each value."""
-    source, out, absmax, buckets, low, count, blocks, blocksize, a_piece = (
-        e.argument(name) for name in QUANTIZE_ARGUMENTS
-    )
+    source, out, absmax, buckets, shift, blocks, blocksize, a_piece = (e.argument(name) for name in QUANTIZE_ARGUMENTS)
     walk = Blocks(e, level, dtype)
-    low, count = (e.splat(e.convert("trunc", value, "i32"), level.lanes) for value in (low, count))
-    lower, keys = e.buffer(I32, UNIT), e.buffer(I32, UNIT)
+    shift = e.splat(e.convert("trunc", shift, "i32"), level.lanes)
     with e.pieces() as piece:
         start = piece * a_piece
         stop = e.select(e.compare("slt", start + a_piece, blocks), start + a_piece, blocks)
@@ -45,28 +38,21 @@ def emit_quantize(e: Emitter, level: Level, *, dtype: str) -> None:
             scale = walk.absmax(address, blocksize)
             e.store(scale, absmax + (block << 2))
             factors = walk.factors(scale)
-            with e.loop(0, blocksize, UNIT) as unit:
-                for i, value in enumerate(walk.load_unit(address + unit * ITEMSIZE[dtype])):
-                    key, low_bits = _key(e, value * factors[0] * factors[1], low, count)
-                    e.store(low_bits, lower + 4 * level.lanes * i)
-                    e.store(key, keys + 4 * level.lanes * i)
-                to = out + block * blocksize + unit
-                for i in range(UNIT):
-                    key = e.convert("zext", e.load(I32, keys + 4 * i), "i64")
-                    bucket = e.load(I32, buckets + (key << 2))
-                    above = e.convert("zext", e.compare("ugt", e.load(I32, lower + 4 * i), bucket), "i32")
-                    e.store(e.convert("trunc", bucket + above, "i8"), to + i)
+            for condition, scaling in walk.scalings(scale, factors):
+                with e.when(condition), e.loop(0, blocksize, UNIT) as unit:
+                    values = walk.load_unit(address + unit * ITEMSIZE[dtype])
+                    codes = [_code(e, level, walk.scaled(value, scaling), buckets, shift, repeats) for value in values]
+                    e.store(level.narrow(e, codes), out + block * blocksize + unit)
 
 
-def _key(e: Emitter, scaled: Value, low: Value, count: Value) -> tuple[Value, Value]:
-    """Bucket of each value, and its lower bits in the upper half."""
+def _code(e: Emitter, level: Level, scaled: Value, buckets: Value, shift: Value, repeats: bool) -> Value:
+    """Rank of each value: that of its bucket, one more if its open bits are above those of the midpoint."""
     bits = e.bits(scaled, scaled.type.of("i32"))
-    magnitude = bits & 0x7FFFFFFF
-    sign = e.convert("sext", e.compare("slt", bits, 0), "i32")
-    key = e.minimum(e.maximum(magnitude >> 16, low) - low, count - 1) + (sign & count)
-    key = e.select(e.compare("eq", magnitude, 0), count + count, key)
-    key = e.select(e.compare("uno", scaled, scaled), count + count + 1, key)
-    return key, (bits ^ sign) << 16
+    ordered = bits ^ (e.shift_sign(bits, 31) & 0x7FFFFFFF)
+    bucket = level.gather(e, buckets, e.shift_sign(ordered, shift))
+    above = e.compare("sgt", (ordered << (32 - shift)) ^ 0x80000000, bucket)
+    above = e.convert("sext", above, "i32")
+    return (bucket + (above & (bucket >> 8)) if repeats else bucket - above) & 0xFF
 
 
 def emit_dequantize(e: Emitter, level: Level, *, dtype: str) -> None:

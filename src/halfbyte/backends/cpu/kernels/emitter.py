@@ -224,6 +224,10 @@ class Emitter:
         """The same bits as another type."""
         return value if type_ == value.type else self.emit(type_, f"bitcast {value.type} {value.name} to {type_}")
 
+    def shift_sign(self, value: Value, count: Value | int) -> Value:
+        """Shift right, filling with the sign."""
+        return self.emit(value.type, f"ashr {value.type} {value.name}, {self.like(value, count).name}")
+
     # Vectors
 
     def splat(self, value: Value, lanes: int) -> Value:

@@ -98,6 +98,13 @@ class LaneLevel(Level):
         index = (spread >> e.const(table.type, [3, 7] * 16)) | 1
         return e.call("llvm.x86.avx512.permvar.hi.512", table.type, [table, index])
 
+    def gather(self, e: Emitter, address: Value, index: Value) -> Value:
+        if not self._permutes:
+            return super().gather(e, address, index)
+        every = e.const(Type("i1", 16), 1)
+        arguments = [e.undef(index.type), e.as_pointer(address), index, every, e.const(I32, 4)]
+        return e.call("llvm.x86.avx512.mask.gather.dpi.512", index.type, arguments)
+
     def tree(self, e: Emitter, address: Value) -> object:
         return self.table(e, address, "exact")
 

@@ -5,10 +5,10 @@ A *chunk* is 32 packed bytes, 64 codes: every level works on whole chunks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from halfbyte.backends.cpu.kernels.emitter import Emitter, Value
+from halfbyte.backends.cpu.kernels.emitter import I32, Emitter, Value
 
 __all__ = [
     "CHUNK",
@@ -103,6 +103,18 @@ class Level:
     def node(self, e: Emitter, tree: object, index: Value, depth: int) -> Value:
         """Entry ``index`` (i32 lanes, ``2**depth`` to ``2**(depth+1)-1``) of a search tree of 16 fp32."""
         raise NotImplementedError
+
+    def narrow(self, e: Emitter, words: Sequence[Value]) -> Value:
+        """Vectors of i32 from 0 to 255 in a row, as bytes."""
+        return e.convert("trunc", e.concat(words), "i8")
+
+    def gather(self, e: Emitter, address: Value, index: Value) -> Value:
+        """The i32 at ``address`` that each lane of ``index`` counts to."""
+        found = e.undef(index.type)
+        for lane in range(index.type.lanes):
+            offset = e.convert("sext", e.extract(index, lane), "i64") << 2
+            found = e.insert(found, e.load(I32, address + offset), lane)
+        return found
 
     def tree(self, e: Emitter, address: Value) -> object:
         """Load a search tree of 16 fp32, before the loops."""

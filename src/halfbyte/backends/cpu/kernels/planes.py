@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from halfbyte.backends.cpu.kernels.emitter import Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import I8, Emitter, Type, Value
 from halfbyte.backends.cpu.kernels.level import (
     CHUNK,
     CHUNK_BYTES,
@@ -146,10 +146,29 @@ class PlaneLevel(Level):
             vectors += self._values(e, codes.value, codes.elements, planes)
         return self._in_order(e, vectors)
 
+    def narrow(self, e: Emitter, words: Sequence[Value]) -> Value:
+        if self.machine == "aarch64" or len(words) != 4:
+            return super().narrow(e, words)
+        halves = [
+            e.call("llvm.x86.avx2.packusdw", Type("i16", 16), [words[0], words[1]]),
+            e.call("llvm.x86.avx2.packusdw", Type("i16", 16), [words[2], words[3]]),
+        ]
+        mixed = e.bits(e.call("llvm.x86.avx2.packuswb", Type("i8", 32), halves), Type("i32", 8))
+        # Both packed 128 bits at a time: fours of values lie 0, 2, 4, 6, then 1, 3, 5, 7.
+        return e.bits(e.shuffle(mixed, None, [0, 4, 1, 5, 2, 6, 3, 7]), Type("i8", 32))
+
+    def gather(self, e: Emitter, address: Value, index: Value) -> Value:
+        if self.machine == "aarch64":
+            return super().gather(e, address, index)
+        every = e.const(index.type, -1)
+        arguments = [e.undef(index.type), e.as_pointer(address), index, every, e.const(I8, 4)]
+        return e.call("llvm.x86.avx2.gather.d.d.256", index.type, arguments)
+
     def tree(self, e: Emitter, address: Value) -> object:
         if self.machine == "aarch64":
             return [e.load(Type("i8", 16), address + 16 * part) for part in range(4)]
-        return [e.load(Type("float", 8), address + 32 * part) for part in range(2)]
+        first, second = (e.load(Type("float", 8), address + 32 * part) for part in range(2))
+        return [first, second, e.shuffle(first, None, [4, 5, 6, 7] * 2)]
 
     def node(self, e: Emitter, tree: object, index: Value, depth: int) -> Value:
         assert isinstance(tree, list)
@@ -157,5 +176,7 @@ class PlaneLevel(Level):
             offsets = e.bits(index * 0x04040404 + 0x03020100, Type("i8", 16))
             found = e.call("llvm.aarch64.neon.tbl4.v16i8", offsets.type, [*tree, offsets])
             return e.bits(found, index.type.of("float"))
+        if depth == 2:  # the second four, in both halves; reads the two low bits of the index only
+            return e.call("llvm.x86.avx.vpermilvar.ps.256", index.type.of("float"), [tree[2], index])
         # reads the three low bits of the index only
-        return e.call("llvm.x86.avx2.permps", index.type.of("float"), [tree[depth == 3], index])
+        return e.call("llvm.x86.avx2.permps", index.type.of("float"), [tree[1], index])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from halfbyte.backends.cpu.kernels.emitter import F32, Emitter, Type, Value
 from halfbyte.backends.cpu.kernels.level import Level
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float
@@ -56,6 +58,17 @@ class Blocks:
         reciprocal = e.select(e.compare("oeq", absmax, 0.0), e.const(F32, 0.0), reciprocal)
         return e.splat(boost, self.level.lanes), e.splat(reciprocal, self.level.lanes)
 
+    def scalings(self, absmax: Value, factors: tuple[Value, Value]) -> list[tuple[Value, Sequence[Value]]]:
+        """When to use which factors: the boost only for tiny and NaN blocks."""
+        e = self.e
+        return [(e.compare("oge", absmax, TINY), factors[1:]), (e.compare("ult", absmax, TINY), factors)]
+
+    def scaled(self, value: Value, factors: Sequence[Value]) -> Value:
+        """The value times each factor in turn."""
+        for factor in factors:
+            value = value * factor
+        return value
+
 
 def emit(e: Emitter, level: Level, *, dtype: str, coding: str, buckets: bool) -> None:
     """Write the kernel.
@@ -77,9 +90,10 @@ def emit(e: Emitter, level: Level, *, dtype: str, coding: str, buckets: bool) ->
             e.store(scale, absmax + (block << 2))
             factors = walk.factors(scale)
             to = packed + ((block * blocksize) >> 1)
-            with e.when(e.compare("ord", scale, scale)), e.loop(0, blocksize, UNIT) as unit:
-                values = [value * factors[0] * factors[1] for value in walk.load_unit(address + unit * ITEMSIZE[dtype])]
-                e.store(ranks.pack([ranks.rank(value) for value in values]), to + (unit >> 1))
+            for condition, scaling in walk.scalings(scale, factors):
+                with e.when(condition), e.loop(0, blocksize, UNIT) as unit:
+                    values = walk.load_unit(address + unit * ITEMSIZE[dtype])
+                    e.store(ranks.pack([ranks.rank(walk.scaled(v, scaling)) for v in values]), to + (unit >> 1))
             with e.when(e.compare("uno", scale, scale)), e.loop(0, blocksize, UNIT) as unit:
                 zeros = [e.const(Type("i32", level.lanes), 0)] * walk.per_unit
                 e.store(ranks.pack(zeros), to + (unit >> 1))
@@ -97,9 +111,10 @@ class _Ranks:
             self.below = level.wide_table(e, tables + RANKS, "i32")
         else:
             self.tree = level.tree(e, tables + TREE)
+            self.top = [e.splat(e.load(F32, tables + (TREE + 4 * node)), level.lanes) for node in (1, 2, 3)]
 
     def rank(self, value: Value) -> Value:
-        """As i32; with bit 7 for negative values where signs count. NaN has rank 0 (its low bits are zero here)."""
+        """In the low four bits of an i32, with bit 7 for negative values where signs count. NaN without payload: 0."""
         e, word = self.e, value.type.of("i32")
         if self.coding != "sign":
             return self._by_bucket(value, value) if self.buckets else self._by_tree(value)
@@ -118,17 +133,23 @@ class _Ranks:
         return below - e.convert("sext", e.compare("ogt", value, midpoint), "i32")
 
     def _by_tree(self, value: Value) -> Value:
-        e = self.e
-        index = e.const(value.type.of("i32"), 1)
-        for depth in range(4):
-            node = self.level.node(e, self.tree, index, depth)
+        """16 plus the rank, by four comparisons; the first two nodes need no lookup."""
+        e, word = self.e, value.type.of("i32")
+        above = e.compare("ogt", value, self.top[0])
+        index = e.select(above, e.const(word, 3), 2)
+        node = e.select(above, self.top[2], self.top[1])
+        for depth in (2, 3, 4):
             index = index + index - e.convert("sext", e.compare("ogt", value, node), "i32")
-        return index & 15
+            if depth < 4:
+                node = self.level.node(e, self.tree, index, depth)
+        return index
 
     def pack(self, ranks: list[Value]) -> Value:
         """One byte for every two values."""
         e = self.e
-        narrow = e.convert("trunc", e.concat(ranks), "i8")
+        narrow = self.level.narrow(e, ranks)
+        if not self.buckets:
+            narrow = narrow & (0x8F if self.coding == "sign" else 15)
         if self.coding == "map":
             narrow = self.level.lookup_bytes(e, self.codes, narrow)
         elif self.coding == "sign":

@@ -29,7 +29,8 @@ ARGUMENTS = (
     "ahead",
 )
 """``groups``: of ``wide`` tiles of activations. ``panel``: chunks of a row that are decoded at a time.
-``ahead``: bytes from what is decoded to what is fetched. ``workspace``: 64 bytes that start with a zero, the counter by which each thread takes its part of what follows."""
+``workspace``: 64 bytes that start with a zero, the counter by which each thread takes its part of what follows.
+``ahead``: bytes from what is decoded to what is fetched."""
 
 PREPARE_ARGUMENTS = ("source", "out", "stride", "chunks", "batch", "chunks_a_piece", "pieces_a_tile")
 """``stride``: bytes between rows of activations."""
@@ -38,9 +39,6 @@ SIDE = 16
 """Rows of a tile; each has 16 fp32 or 16 pairs of bf16."""
 
 TILE_BYTES = 1024
-UNROLL = 4
-"""Rows decoded side by side."""
-
 STEPS = 2
 """Tiles that a chunk is wide: 32 values each."""
 
@@ -102,6 +100,7 @@ def emit(
         high: Tiles of rows of the weight multiplied at a time.
         wide: Tiles of activations multiplied at a time.
         whole: There is one group of activations: sums stay in tiles from the first panel to the last.
+        unroll: Rows decoded side by side.
     """
     _Product(e, level, nested, halves, high, wide, whole, unroll).emit()
 
