@@ -90,7 +90,27 @@ def test_a_device_that_dies_at_the_first_step_is_not_tried_further():
     found = proofs(host, SEEN)
     assert states(found, "cuda:0")["allocate"] == "crash"
     assert set(states(found, "cuda:0").values()) == {"crash", "blocked"}
-    assert len([each for each in requests if each.arguments["device"] == "cuda:0"]) == 1
+    tried = [each.arguments["steps"] for each in requests if each.arguments["device"] == "cuda:0"]
+    assert len(tried) == 2
+    assert ["optimizer_8bit" in steps for steps in sorted(tried, key=len)] == [True, False]
+
+
+def test_the_optimizer_has_a_child_of_its_own_because_its_import_is_slow():
+    requests: list[Request] = []
+    found = proofs(host_where(lambda *_: good(), requests), TorchImport(ok=True))
+    assert sorted(requests[0].arguments["steps"] + requests[1].arguments["steps"]) == sorted(
+        [*found.devices[0].steps, *BASIC]
+    )
+    assert len(requests) == 2
+
+
+def test_children_share_the_cores_unless_the_user_has_chosen():
+    requests: list[Request] = []
+    proofs(host_where(lambda *_: good(), requests), SEEN)
+    assert {each.changed["OMP_NUM_THREADS"] for each in requests if each.arguments["device"] != "cpu"} == {"2"}
+    requests.clear()
+    proofs(host_where(lambda *_: good(), requests, environ={"OMP_NUM_THREADS": "7"}), SEEN)
+    assert all("OMP_NUM_THREADS" not in each.changed for each in requests)
 
 
 def test_after_a_failed_basic_step_the_rest_is_blocked():

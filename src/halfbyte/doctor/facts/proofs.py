@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,8 @@ BASIC = tuple(name for name, step in STEPS.items() if step.basic)
 FULL = tuple(name for name, step in STEPS.items() if step.full)
 COMPILERS = {"triton_kernel", "numba_kernel"}
 COMMON = tuple(name for name in STEPS if name not in {*BASIC, *FULL, *COMPILERS})
+APART = ("optimizer_8bit",)
+"""Run in a child of their own, beside the others: torch's optimizers import its compiler, which takes seconds."""
 TIMEOUT = 120.0
 MOST_AT_ONCE = 8
 
@@ -113,12 +116,40 @@ def _steps(device: Device, full: bool) -> list[str]:
 def _prove(host: Host, device: Device, backend: str = "") -> DeviceProof:
     names = list(COMMON) if backend else _steps(device, host.full)
     names = [name for name in names if name in BASIC or host.steps is None or name in host.steps]
+    changed = {"HALFBYTE_BACKEND": backend} if backend else {}
+    if "OMP_NUM_THREADS" not in host.environ:
+        changed["OMP_NUM_THREADS"] = str(_threads(device))
     request = Request(
         "device",
         {"device": device.name, "steps": names, "thorough": host.full},
         TIMEOUT * (3 if host.full else 1),
-        changed={"HALFBYTE_BACKEND": backend} if backend else {},
+        changed=changed,
     )
+    parts = [[name for name in names if name not in APART]]
+    if any(name in APART for name in names):
+        parts.append([name for name in names if name in BASIC or name in APART])
+    with ThreadPoolExecutor(len(parts)) as pool:
+        ran = list(pool.map(lambda steps: _run_steps(host, request, steps), parts))
+    backends = next((verdicts for _, verdicts in ran if verdicts), ())
+    together: dict[str, StepProof] = {}
+    for steps, _ in reversed(ran):  # of a step that ran twice, the first part's report stands
+        together.update(steps)
+    found = {name: _without_absence(together[name], backend) for name in names}
+    if not backend:
+        found = _accuse(host, request, device, found)
+    return DeviceProof(device, found, backends, backend)
+
+
+def _threads(device: Device) -> int:
+    """CPU threads of a child: those that each take all cores wait for each other."""
+    return max(2, (os.cpu_count() or 2) // 4) if device.name == "cpu" else 2
+
+
+def _run_steps(
+    host: Host, request: Request, names: list[str]
+) -> tuple[dict[str, StepProof], tuple[tuple[str, str], ...]]:
+    """Run steps in a child, and what a crash left over in further ones; their reports and the backends' verdicts."""
+    device = Device(str(request.arguments["device"]))
     found: dict[str, StepProof] = {}
     backends: tuple[tuple[str, str], ...] = ()
     left = names
@@ -127,10 +158,7 @@ def _prove(host: Host, device: Device, backend: str = "") -> DeviceProof:
         found.update(_read(outcome, device, left))
         backends = tuple((name, reason) for name, reason in outcome.event("backends").get("verdicts", ())) or backends
         left = _after_crash(left, found)
-    found = {name: _without_absence(found[name], backend) for name in names}
-    if not backend:
-        found = _accuse(host, request, device, found)
-    return DeviceProof(device, found, backends, backend)
+    return found, backends
 
 
 def _read(outcome: Outcome, device: Device, names: list[str]) -> dict[str, StepProof]:
