@@ -82,8 +82,8 @@ def test_the_logits_of_a_whole_vocabulary_need_no_dequantized_head(batch: int) -
     torch.cuda.reset_peak_memory_stats()
     ops.gemm_4bit(x, packed, [rows, columns], absmax, 64, "nf4")
     torch.cuda.synchronize()
-    # The bf16 table would be 525 MB.
-    assert torch.cuda.max_memory_allocated() - before - kept < rows * columns * 2 / 8
+    # The bf16 table would be 525 MB. Long prompts may dequantize slices of 128 MB, tokens nothing.
+    assert torch.cuda.max_memory_allocated() - before - kept < (4 << 20 if batch <= 64 else 136 << 20)
 
 
 def test_a_tied_model_on_a_gpu_shares_one_packed_table() -> None:
