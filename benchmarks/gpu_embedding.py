@@ -3,7 +3,7 @@
 Run: ``python benchmarks/gpu_embedding.py [--out FOLDER] [--seconds N]`` from a source folder, on a machine with a GPU,
 with bitsandbytes importable where it should be compared. Results are checked before anything is timed. Times are
 CUDA-graph replays over tables that rotate past the level-2 cache, medians, in microseconds; ``peak`` is the memory that
-a product needed beside its operands and its result.
+a call needed beside its operands and its result; ``peer`` is bitsandbytes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def head(model: str, rows: int, columns: int, weights: list[Tensor], packed: lis
             [lambda p=p, x=x: ops.gemm_4bit(x, p[0], [rows, columns], p[1], 64, "nf4") for p in packed]
         )
         row["torch_bf16"] = timed([lambda w=w, x=x: F.linear(x, w) for w in weights])
-        row["bitsandbytes"] = "" if peer is None else timed([lambda p=p, x=x: peer.matmul(x, *p) for p in packed])
+        row["peer"] = "" if peer is None else timed([lambda p=p, x=x: peer.matmul(x, *p) for p in packed])
         found.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
     return found
@@ -93,7 +93,7 @@ def gather(model: str, rows: int, columns: int, weights: list[Tensor], packed: l
         row = {"case": "gather", "model": model, "rows": rows, "columns": columns, "batch": tokens, "error": 0.0}
         row |= {"peak": peak(calls[0]), "table_bf16": rows * columns * 2, "halfbyte": timed(calls)}
         row["torch_bf16"] = timed([lambda w=w, i=ids: F.embedding(i, w) for w in weights])
-        row["bitsandbytes"] = "" if peer is None else timed([lambda t=t, i=ids: t(i) for t in peer.tables])
+        row["peer"] = "" if peer is None else timed([lambda t=t, i=ids: t(i) for t in peer.tables])
         found.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
     return found
