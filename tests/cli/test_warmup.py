@@ -8,7 +8,7 @@ import torch
 
 from halfbyte.backends.cpu import ahead
 from halfbyte.cli import main as cli
-from halfbyte.cli.warmup import _dtype_of
+from halfbyte.cli.warmup import _dtype_of, shapes_of
 from halfbyte.errors import ArgumentError
 from tests.support.python import python, python_code
 
@@ -46,9 +46,8 @@ print("ok")
         ({}, "float32"),
     ],
 )
-def test_the_dtype_is_what_the_model_computes_in(tmp_path: Path, config: dict[str, object], dtype: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert _dtype_of(tmp_path) == dtype
+def test_the_dtype_is_what_the_model_computes_in(config: dict[str, object], dtype: str) -> None:
+    assert _dtype_of(config) == dtype
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,10 +55,20 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "expected the folder of a model" in capsys.readouterr().err
 
 
-def test_a_dtype_without_kernels_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"dtype": "float8_e4m3fn"}))
+def test_a_dtype_without_kernels_is_refused() -> None:
     with pytest.raises(ArgumentError, match="'float8_e4m3fn'; expected float32, bfloat16, float16"):
-        _dtype_of(tmp_path)
+        _dtype_of({"dtype": "float8_e4m3fn"})
+
+
+def test_the_shapes_are_those_of_the_blocks_layers() -> None:
+    llama = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    assert shapes_of(llama) == [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096)]
+    assert shapes_of({"text_config": llama}) == shapes_of(llama)
+    assert (4096, 2560) in shapes_of({"hidden_size": 2560, "num_attention_heads": 32, "head_dim": 128})
+
+
+def test_a_model_of_another_kind_has_no_shapes_to_tell() -> None:
+    assert shapes_of({"d_model": 512}) == []
 
 
 def test_help_and_a_wrong_option(capsys: pytest.CaptureFixture[str]) -> None:

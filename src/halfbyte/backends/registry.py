@@ -218,12 +218,13 @@ def kernel(op: str) -> Callable[..., Any]:
     return _kernels[op]
 
 
-def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype]) -> None:
-    """Let every backend that can serve here compile ahead: those whose module has a ``warmup(say, dtypes)``.
+def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, int]] = ()) -> None:
+    """Let every backend that can serve here compile ahead: those whose module has a ``warmup(say, dtypes, shapes)``.
 
     Args:
         say: Takes one line of text for each backend.
         dtypes: Of activations.
+        shapes: (out_features, in_features) of the weights; empty for usual ones.
     """
     for backend in backends():
         reason = backend.why_not()
@@ -232,7 +233,7 @@ def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype]) -> None:
             continue
         compile_ahead = getattr(importlib.import_module(backend.module), "warmup", None)
         if compile_ahead is not None:
-            compile_ahead(say, dtypes)
+            compile_ahead(say, dtypes, shapes)
 
 
 def tune(
