@@ -64,9 +64,21 @@ class Holds4bit(torch.nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         state = getattr(self.weight, "quant_state", None)
+        if state is None and _is_sharded(self.weight):
+            state = self._lend_state()
         if state is not None:
             for key, value in state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{key}"] = value if keep_vars else value.detach()
+
+    def _lend_state(self) -> QuantState | None:
+        """Give a sharded weight the attributes by which torch's checkpoint functions look its keys up."""
+        state = self.quant_state
+        if state is not None:
+            self.weight.quant_state = state
+            for key, value in state.as_dict(packed=True).items():
+                if "." not in key:
+                    setattr(self.weight, key, value)
+        return state
 
     def _load_from_state_dict(
         self,
@@ -86,7 +98,11 @@ class Holds4bit(torch.nn.Module):
         try:
             if stats and weight is None:
                 raise CheckpointError(f"{stats_prefix}* without {prefix}weight", expected="both")
-            loaded = None if weight is None else loadable(self.weight, self.weight_shape(), weight, stats, assign)
+            loaded = None
+            if weight is not None and _is_sharded(self.weight):
+                self._take_scales(stats)
+            elif weight is not None:
+                loaded = loadable(self.weight, self.weight_shape(), weight, stats, assign)
             self._check_others(state_dict, prefix)
         except HalfbyteError as error:
             error_msgs.append(f"{prefix}weight: {error}")
@@ -104,6 +120,22 @@ class Holds4bit(torch.nn.Module):
                 self.weight = loaded
             self.weight.module = self
             self.quant_state = loaded.quant_state
+
+    def _take_scales(self, stats: dict[str, Any]) -> None:
+        """Scales for a sharded weight; torch copies the shards of the codes themselves."""
+        if not stats:
+            return
+        state = QuantState.from_dict(stats, self.weight.device)
+        if state.shape != torch.Size(self.weight_shape()):
+            raise CheckpointError(
+                f"a 4-bit weight of shape {tuple(state.shape or ())}", expected=f"{self.weight_shape()}"
+            )
+        self.quant_state = copy.deepcopy(state)
+
+
+def _is_sharded(weight: Any) -> bool:
+    """Whether ``fully_shard`` has put a DTensor in the weight's place."""
+    return hasattr(weight, "device_mesh")
 
 
 def loadable(
