@@ -2,16 +2,18 @@
 
 Run: ``python benchmarks/gpu_moe.py [--out FOLDER] [--seconds N] [--tiles]`` from a source folder. Every product is
 checked against float64 before it is timed. Times are CUDA-graph replays over weights that rotate past the level-2
-cache, medians, in microseconds. ``--tiles`` measures every tile variant instead.
+cache, medians, in microseconds. ``--tiles`` measures every tile variant too.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import math
+import multiprocessing
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import write_csv
-from benchmarks.gpu_4bit import BANDWIDTH, graph_time
+from benchmarks.common import COLD_BYTES, write_csv
+from benchmarks.gpu_4bit import BANDWIDTH, eager_time, graph_time
 from halfbyte.backends.triton import grouped
-from halfbyte.backends.triton.device import gpu_of, rounded_pairs_of
-from halfbyte.backends.triton.grouped_tiles import GroupedTile, tile_for
+from halfbyte.backends.triton.device import rounded_pairs_of
+from halfbyte.backends.triton.grouped_tiles import GroupedTile
 from halfbyte.functional import quantize_4bit
 
 LAYERS = {
@@ -34,41 +36,68 @@ LAYERS = {
     "Qwen3 down": (128, 8, 2048, 768),
 }
 """Name -> experts, of which chosen, rows, columns."""
-TOKENS = (1, 4, 8, 16, 64, 256)
+TOKENS = (1, 4, 8, 16, 64, 256, 2048)
 ops = torch.ops.halfbyte
 
 
 class Layer:
-    """Weights of one projection, as often as it takes to leave the cache, and one routing for each batch."""
+    """One projection and one routing of a batch of tokens."""
 
-    def __init__(self, count: int, chosen: int, n: int, k: int, tokens: int) -> None:
+    def __init__(self, count: int, chosen: int, n: int, k: int, tokens: int, seed: int = 0) -> None:
         self.count, self.chosen, self.n, self.k = count, chosen, n, k
-        generator = torch.Generator(device="cuda").manual_seed(tokens)
+        generator = torch.Generator(device="cuda").manual_seed(tokens + 1000 * seed)
         self.x = torch.randn(tokens, k, device="cuda", dtype=torch.bfloat16, generator=generator)
         scores = torch.rand(tokens, count, device="cuda", generator=generator)
         self.experts = scores.topk(chosen, dim=1).indices
         self.order, self.ends = ops.group_rows(self.experts, count)
+        self.ends_list = self.ends.tolist()
+        self.gathered = self.x[self.order.long() // chosen]
         self.touched = int(self.experts.unique().numel())
 
-    def floor(self) -> float:
-        """Microseconds that reading the packed bytes and scales of the touched experts takes at least."""
-        return self.touched * self.n * self.k * (1 / 2 + 1 / 16) / BANDWIDTH
+    @property
+    def nbytes(self) -> float:
+        """Packed bytes and scales of the touched experts."""
+        return self.touched * self.n * self.k * (1 / 2 + 1 / 16)
+
+    def product(self, packed: Tensor, absmax: Tensor) -> Tensor:
+        """The grouped launch."""
+        shape = [self.count, self.n, self.k]
+        return ops.gemm_4bit_grouped(self.x, packed, shape, self.order, self.ends, absmax, 64, "nf4")
+
+    def loop(self, packed: Tensor, absmax: Tensor) -> list[Tensor]:
+        """Our own 4-bit product once for each touched expert, over rows gathered before."""
+        size, first, out = self.n * self.k, 0, []
+        for e, end in enumerate(self.ends_list):
+            if end > first:
+                codes, scales = packed[e * size // 2 : (e + 1) * size // 2], absmax[e * size // 64 :][: size // 64]
+                out.append(ops.gemm_4bit(self.gathered[first:end], codes, [self.n, self.k], scales, 64, "nf4"))
+            first = end
+        return out
+
+
+def routings(count: int, chosen: int, n: int, k: int, tokens: int) -> list[Layer]:
+    """Routings that together touch more weights than the level-2 cache holds, so that every call reads from memory."""
+    first = Layer(count, chosen, n, k, tokens)
+    calls = min(32, max(2, math.ceil(COLD_BYTES / first.nbytes)))
+    return [first, *[Layer(count, chosen, n, k, tokens, seed) for seed in range(1, calls)]]
 
 
 def weights(count: int, n: int, k: int, copies: int) -> list[tuple[Tensor, Tensor]]:
+    """Packed codes and absmax, ``copies`` times."""
     weight = torch.randn(count, n, k, device="cuda", dtype=torch.bfloat16) * 0.02
-    made = [quantize_4bit(weight, quant_type="nf4")]
-    first = (made[0][0], made[0][1].absmax)
-    return [first, *[(first[0].clone(), first[1].clone()) for _ in range(copies - 1)]]
+    codes, state = quantize_4bit(weight, quant_type="nf4")
+    return [(codes, state.absmax), *[(codes.clone(), state.absmax.clone()) for _ in range(copies - 1)]]
 
 
 def check(layer: Layer, packed: Tensor, absmax: Tensor, result: Tensor) -> float:
-    """Relative error against float64 of up to 64 products."""
-    some = torch.linspace(0, result.shape[0] - 1, min(64, result.shape[0]), device="cuda").long().unique()
-    flat = layer.experts.reshape(-1)
-    size = layer.n * layer.k
-    worst = 0.0
-    for s in some.tolist()[:16]:
+    """Relative error against float64 of up to 16 products.
+
+    Raises:
+        SystemExit: Larger than a 16-bit product may have.
+    """
+    flat, size, worst = layer.experts.reshape(-1), layer.n * layer.k, 0.0
+    some = torch.linspace(0, result.shape[0] - 1, min(16, result.shape[0]), device="cuda").long().unique()
+    for s in some.tolist():
         e = int(flat[s])
         codes, scales = packed[e * size // 2 : (e + 1) * size // 2], absmax[e * size // 64 : (e + 1) * size // 64]
         weight = ops.dequantize_4bit(codes, scales, 64, "nf4", [layer.n, layer.k], torch.float32)
@@ -79,55 +108,73 @@ def check(layer: Layer, packed: Tensor, absmax: Tensor, result: Tensor) -> float
     return worst
 
 
-def variants() -> list[GroupedTile]:
-    """Tiles to measure."""
-    found: list[GroupedTile] = []
-    for batch, rows, unroll, k_warps, n_warps, ahead in itertools.product(
-        (8, 16, 32), (16, 32, 64), (2, 4), (2, 4, 8), (1, 2, 4), (0, 1)
-    ):
-        if rows % (16 * n_warps) or not 4 <= k_warps * n_warps <= 8 or (batch == 32 and ahead):
-            continue
-        if rows // n_warps > 32 or (batch == 32 and rows // n_warps > 16) or (batch == 8 and unroll == 2):
-            continue
-        found.append(GroupedTile(batch, rows, unroll, k_warps, n_warps, ahead))
-    return found
+CANDIDATES = (
+    (8, 16, 4, 4, 1, 1), (8, 32, 4, 2, 2, 1), (8, 32, 4, 4, 2, 1), (8, 64, 4, 2, 4, 1), (8, 32, 2, 2, 2, 1),
+    (8, 16, 4, 4, 1, 0), (8, 32, 4, 4, 1, 1), (8, 64, 2, 2, 4, 1), (8, 16, 2, 8, 1, 1),
+    (16, 16, 2, 4, 1, 1), (16, 32, 2, 4, 1, 1), (16, 32, 2, 2, 2, 1), (16, 32, 4, 2, 2, 1), (16, 64, 2, 2, 4, 1),
+    (32, 32, 2, 4, 2, 0), (32, 16, 2, 4, 1, 0), (32, 64, 2, 2, 4, 0), (32, 32, 2, 2, 2, 0),
+)  # fmt: skip
+"""Tiles that ``--tiles`` measures: batch, rows, unroll, k_warps, n_warps, ahead."""
+
+
+def variants(each: float, k: int) -> list[GroupedTile]:
+    """Tiles worth measuring for ``each`` rows an expert on average and K columns."""
+    tiles = [GroupedTile(*numbers) for numbers in CANDIDATES]
+    fits = [tile for tile in tiles if k // 64 >= tile.k_warps * tile.unroll]
+    return [tile for tile in fits if (each <= 16 if tile.batch == 8 else each >= tile.batch / 8)]
+
+
+def compile_ahead(worker: int, workers: int) -> None:
+    """Compile this worker's share of the kernels into Triton's cache."""
+    jobs: list[tuple[tuple[int, int, int, int], Any]] = []
+    for layer in LAYERS.values():
+        eaches = [tokens * layer[1] / layer[0] for tokens in TOKENS]
+        found = {tile for each in eaches for tile in variants(each, layer[3])}
+        jobs += [(layer, tokens) for tokens in TOKENS]
+        jobs += [(layer, tile) for tile in sorted(found, key=str)]
+    for (count, chosen, n, k), job in jobs[worker::workers]:
+        packed = torch.zeros(count * n * k // 2, 1, dtype=torch.uint8, device="cuda")
+        absmax = torch.zeros(count * n * k // 64, device="cuda")
+        if isinstance(job, GroupedTile):
+            run_tile(job, Layer(count, chosen, n, k, 4), packed, absmax)
+        else:
+            layer = Layer(count, chosen, n, k, job)
+            layer.product(packed, absmax)
+            layer.loop(packed, absmax)
 
 
 def run_tile(tile: GroupedTile, layer: Layer, packed: Tensor, absmax: Tensor) -> Tensor:
+    """The grouped launch with that tile."""
     rows = layer.order.numel()
     out = torch.empty(rows, layer.n, dtype=layer.x.dtype, device="cuda")
-    pairs = rounded_pairs_of("nf4", layer.x.dtype, 0)
-    none = (None, None, None)
-    grouped.launch(
-        tile, layer.x, packed, absmax, none, layer.order, layer.ends, None, out, pairs, layer.count, layer.chosen, 64
-    )
+    key = (tile, rows, layer.n, layer.k, layer.chosen)
+    if key not in _plans:
+        _plans[key] = grouped.GroupedPlan(
+            tile, rows, layer.count, layer.n, layer.k, x_stride=layer.k, repeat=layer.chosen, blocksize=64,
+            pairs=rounded_pairs_of("nf4", layer.x.dtype, 0), nested=False, bias=False,
+        )  # fmt: skip
+    _plans[key].run(layer.x, packed, absmax, (None, None, None), layer.order, layer.ends, None, out)
     return out
+
+
+_plans: dict[Any, grouped.GroupedPlan] = {}
 
 
 def tiles(deadline: float, out: Path) -> None:
     """Times of every variant, the best first."""
     rows: list[dict[str, Any]] = []
     for name, (count, chosen, n, k) in LAYERS.items():
-        copies = 2
-        stored = weights(count, n, k, copies)
+        stored = weights(count, n, k, 2)
         for tokens in TOKENS[:5]:
-            layer = Layer(count, chosen, n, k, tokens)
-            each = tokens * chosen / count
+            layers = routings(count, chosen, n, k, tokens)
+            floor = sum(layer.nbytes for layer in layers) / len(layers) / BANDWIDTH
             here: list[dict[str, Any]] = []
-            for tile in variants():
+            for tile in variants(tokens * chosen / count, k):
                 if time.monotonic() > deadline:
                     break
-                if (tile.batch == 8 and each > 24) or (tile.batch > 8 and each < 2) or (tile.batch == 32 and each < 6):
-                    continue
-                if k // 64 < tile.k_warps * tile.unroll:
-                    continue
-                try:
-                    check(layer, *stored[0], run_tile(tile, layer, *stored[0]))
-                    taken = graph_time([lambda c=c, t=tile, la=layer: run_tile(t, la, *c) for c in stored], 3)
-                except Exception as error:
-                    print("FAILED", tile, repr(error)[:200], flush=True)
-                    continue
-                here.append({"layer": name, "tokens": tokens, "floor": layer.floor(), "us": taken, **vars(tile)})
+                check(layers[0], *stored[0], run_tile(tile, layers[0], *stored[0]))
+                calls = [partial(run_tile, tile, layer, *stored[i % 2]) for i, layer in enumerate(layers)]
+                here.append({"layer": name, "tokens": tokens, "floor": floor, "us": graph_time(calls, 3), **vars(tile)})
             here.sort(key=lambda row: row["us"])
             rows += here
             for row in here[:4]:
@@ -136,84 +183,33 @@ def tiles(deadline: float, out: Path) -> None:
                 write_csv("gpu_moe_tiles.csv", rows, out)
 
 
-def compile_ahead() -> None:
-    """Compile the variants side by side."""
-    jobs = [(tile, layer) for tile in variants() for layer in LAYERS.values()]
-
-    def one(job: Any) -> None:
-        tile, (count, chosen, n, k) = job
-        layer = Layer(count, chosen, 64, k, 2)
-        layer.n = n
-        packed = torch.zeros(count * 2, dtype=torch.uint8, device="cuda")
-        if k // 64 < tile.k_warps * tile.unroll:
-            return
-        groups = k // 64
-        per_slice = -(-groups // (tile.k_warps * tile.unroll)) * tile.unroll
-        pairs = rounded_pairs_of("nf4", torch.bfloat16, 0)
-        import triton
-
-        grouped.fused_kernel().warmup(
-            packed, layer.x, layer.order, layer.ends, pairs.view(torch.float32), None, None, None, None, layer.x,
-            pairs, 2 * chosen, count, chosen, n, k // 8, k // 64, k, groups, per_slice,
-            triton.next_power_of_2(max(32, count + 1)), tile.rows, tile.batch, 2, tile.unroll, 1, 1, tile.k_warps,
-            tile.n_warps, groups == per_slice * tile.k_warps, False, False, tile.ahead,
-            num_warps=tile.k_warps * tile.n_warps, grid=(1, 1),
-        )  # fmt: skip
-
-    with ThreadPoolExecutor(8) as pool:
-        for done in pool.map(one, jobs):
-            del done
-
-
-def loop(layer: Layer, packed: Tensor, absmax: Tensor, ends: list[int], gathered: Tensor) -> list[Tensor]:
-    """Our own 4-bit product once for each touched expert, over rows gathered before."""
-    size = layer.n * layer.k
-    first, out = 0, []
-    for e, end in enumerate(ends):
-        if end > first:
-            codes, scales = packed[e * size // 2 : (e + 1) * size // 2], absmax[e * size // 64 : (e + 1) * size // 64]
-            out.append(ops.gemm_4bit(gathered[first:end], codes, [layer.n, layer.k], scales, 64, "nf4"))
-        first = end
-    return out
-
-
 def products(deadline: float, out: Path) -> None:
     """One row for each layer and batch."""
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
     rows: list[dict[str, Any]] = []
     for name, (count, chosen, n, k) in LAYERS.items():
         stored = weights(count, n, k, 2)
-        dense = [
-            torch.randn(count, n, k, device="cuda", dtype=torch.bfloat16) * 0.02
-            for _ in range(2 if n * k < 1 << 26 else 1)
-        ]
+        dense = [torch.randn(count, n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(2)]
         for tokens in TOKENS:
             if time.monotonic() > deadline:
                 print("out of time at", name, tokens, flush=True)
                 return
-            layer = Layer(count, chosen, n, k, tokens)
-            ends = layer.ends.tolist()
-            gathered = layer.x[layer.order.long() // chosen]
-
-            def one(c: tuple[Tensor, Tensor], layer: Layer = layer) -> Tensor:
-                return ops.gemm_4bit_grouped(
-                    layer.x, c[0], [layer.count, layer.n, layer.k], layer.order, layer.ends, c[1], 64, "nf4"
-                )
-
-            error = check(layer, *stored[0], one(stored[0]))
-            times = {
-                "grouped": graph_time([lambda c=c: one(c) for c in stored]),
-                "with_sort": graph_time([lambda c=c: (ops.group_rows(layer.experts, count), one(c)) for c in stored]),
-                "loop": graph_time([lambda c=c: loop(layer, *c, ends, gathered) for c in stored], 5),
-                "bf16_grouped_mm": graph_time(
-                    [lambda w=w: grouped_mm(gathered, w.transpose(1, 2), offs=layer.ends) for w in dense], 5
-                ),
+            layers = routings(count, chosen, n, k, tokens)
+            error = check(layers[0], *stored[0], layers[0].product(*stored[0]))
+            pairs = [(layer, stored[i % 2], dense[i % 2].transpose(1, 2)) for i, layer in enumerate(layers)]
+            calls: dict[str, list[Callable[[], Any]]] = {
+                "grouped": [partial(layer.product, *w) for layer, w, _ in pairs],
+                "sort": [partial(ops.group_rows, layer.experts, count) for layer, _, _ in pairs],
+                "loop": [partial(layer.loop, *w) for layer, w, _ in pairs],
+                "bf16_grouped_mm": [partial(grouped_mm, la.gathered, d, offs=la.ends) for la, _, d in pairs],
             }
-            tile = tile_for(gpu_of(0), tokens * chosen, count, n, k)
+            times = {key: round(graph_time(value, 5), 2) for key, value in calls.items()}
+            host = eager_time(calls["grouped"][0], 50)
+            floor = sum(layer.nbytes for layer in layers) / len(layers) / BANDWIDTH
             row = {
                 "layer": name, "experts": count, "chosen": chosen, "n": n, "k": k, "tokens": tokens,
-                "touched": layer.touched, "floor": round(layer.floor(), 2),
-                **{key: round(value, 2) for key, value in times.items()}, "error": f"{error:.1e}", "tile": tile,
+                "touched": round(sum(layer.touched for layer in layers) / len(layers), 1), "floor": round(floor, 2),
+                **times, "host": round(host, 1), "error": f"{error:.1e}",
             }  # fmt: skip
             rows.append(row)
             print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
@@ -221,21 +217,25 @@ def products(deadline: float, out: Path) -> None:
 
 
 def main() -> None:
+    """Parse the command line and run."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--seconds", type=float, default=45)
-    parser.add_argument("--tiles", action="store_true")
+    parser.add_argument("--seconds", type=float, default=90)
+    parser.add_argument("--tiles", action="store_true", help="measure every tile too, where time is left")
     parsed = parser.parse_args()
     deadline = time.monotonic() + parsed.seconds
+    workers = 14
+    spawn = multiprocessing.get_context("spawn")
+    ahead = [spawn.Process(target=compile_ahead, args=(worker, workers)) for worker in range(workers)]
+    for process in ahead:
+        process.start()
+    for process in ahead:
+        process.join(max(0.1, deadline - time.monotonic() - parsed.seconds / 2))
+        process.kill()
+    print("compiled,", round(deadline - time.monotonic(), 1), "s left", flush=True)
+    products(deadline, parsed.out)
     if parsed.tiles:
-        try:
-            compile_ahead()
-        except Exception as error:
-            print("compiling ahead failed", repr(error)[:300], flush=True)
-        print("compiled", round(deadline - time.monotonic(), 1), "s left", flush=True)
         tiles(deadline, parsed.out)
-    else:
-        products(deadline, parsed.out)
 
 
 if __name__ == "__main__":

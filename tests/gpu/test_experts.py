@@ -36,9 +36,18 @@ def test_rows_are_grouped_as_in_the_reference(rows: int, count: int) -> None:
         assert torch.equal(result, exact)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "transposed", "nested"),
+    [
+        (torch.bfloat16, False, False),
+        (torch.bfloat16, False, True),
+        (torch.bfloat16, True, True),
+        (torch.float16, False, False),
+        (torch.float16, True, False),
+        (torch.float32, False, True),
+        (torch.float32, True, False),
+    ],
+)
 @pytest.mark.parametrize("tokens", [1, 7, 90])
 def test_the_grouped_product_is_the_references(dtype: Any, transposed: bool, nested: bool, tokens: int) -> None:
     count, n, k = 6, 256, 512
@@ -50,16 +59,51 @@ def test_the_grouped_product_is_the_references(dtype: Any, transposed: bool, nes
     assert close(ops.gemm_4bit_grouped(*arguments), reference.gemm_4bit_grouped(*arguments))
 
 
-@pytest.mark.parametrize("shape", [(3, 72, 192), (4, 100, 128), (2, 64, 96), (5, 33, 64), (2, 1000, 4096)])
-@pytest.mark.parametrize("blocksize", [32, 64, 256])
+@pytest.mark.parametrize(
+    ("shape", "blocksize"),
+    [
+        ((3, 72, 192), 64),
+        ((4, 100, 128), 32),
+        ((2, 64, 96), 64),
+        ((5, 33, 64), 64),
+        ((2, 1000, 4096), 256),
+        ((2, 64, 192), 256),
+    ],
+)
 def test_odd_shapes_and_blocks_are_right_too(shape: tuple[int, int, int], blocksize: int) -> None:
-    if shape[1] * shape[2] % blocksize:
-        pytest.skip("experts of part blocks")
     packed, scales = case(*shape, blocksize=blocksize)
     x = torch.randn(40, shape[2], device="cuda", dtype=torch.bfloat16)
     order, ends = ops.group_rows(torch.randint(0, shape[0], (40, 2), device="cuda"), shape[0])
     arguments = (x, packed, list(shape), order, ends, scales[0], blocksize, "nf4")
     assert close(ops.gemm_4bit_grouped(*arguments), reference.gemm_4bit_grouped(*arguments))
+
+
+def test_views_of_activations_and_of_state_are_read_where_they_begin() -> None:
+    count, n, k = 3, 64, 128
+    packed, scales = case(count, n, k)
+    x = torch.randn(k, 12, device="cuda", dtype=torch.bfloat16).t()
+    shifted = torch.cat([packed.new_zeros(4, 1), packed])[4:]
+    absmax = torch.cat([scales[0].new_zeros(1), scales[0]])[1:]
+    order, ends = ops.group_rows(torch.randint(0, count, (12, 2), device="cuda"), count)
+    exact = reference.gemm_4bit_grouped(x, packed, [count, n, k], order, ends, scales[0], 64, "nf4")
+    for codes, first in ((packed, scales[0]), (shifted, scales[0]), (packed, absmax)):
+        for _ in range(2):  # compiled, then launched directly
+            assert close(ops.gemm_4bit_grouped(x, codes, [count, n, k], order, ends, first, 64, "nf4"), exact)
+
+
+def test_low_rank_factors_beside_experts_are_right_with_their_gradients() -> None:
+    from halfbyte.nn.experts_low_rank import low_rank
+
+    order, ends = ops.group_rows(torch.randint(0, 5, (30, 2), device="cuda"), 4)
+    leaves = [torch.randn(*s, device="cuda") * 0.3 for s in ((30, 64), (4, 8, 64), (4, 96, 8))]
+    results: list[list[torch.Tensor]] = []
+    for dtype in (torch.bfloat16, torch.float32):  # torch's grouped product, and one product for each expert
+        own = [leaf.clone().requires_grad_() for leaf in leaves]
+        out = low_rank(own[0].to(dtype), order, ends, own[1], own[2], 0.5)
+        out.float().square().sum().backward()
+        results.append([out.float(), *[leaf.grad for leaf in own]])
+    for fast, exact in zip(*results, strict=True):
+        assert ((fast - exact).norm() / exact.norm()).item() < 2e-2
 
 
 def test_a_graph_follows_another_routing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +12,15 @@ import triton
 from torch import Tensor
 
 from halfbyte.backends.registry import implements
-from halfbyte.backends.triton import grouped_tiles
-from halfbyte.backends.triton.dequantize import as_bytes, offset_fp32
+from halfbyte.backends.triton import grouped_slices
+from halfbyte.backends.triton.dequantize import Nested, as_bytes, offset_fp32
 from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of
+from halfbyte.backends.triton.grouped_tiles import SLICED_FROM, GroupedTile, tile_for
 from halfbyte.backends.triton.kernels.grouped import _gemm_4bit_grouped_portable_kernel, _group_rows_kernel
-from halfbyte.backends.triton.launch import on_device, start
+from halfbyte.backends.triton.launch import Launcher, on_device, raw_stream, start
 from halfbyte.errors import ArgumentError
 
-__all__ = ["gemm_4bit_grouped", "group_rows", "tile_bound"]
+__all__ = ["GroupedPlan", "gemm_4bit_grouped", "group_rows", "tile_bound"]
 
 COUNTED_ROWS = 4096
 """Rows up to which one launch sorts them by counting; beyond, torch sorts."""
@@ -80,6 +80,65 @@ def group_rows(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return order, ends
 
 
+class GroupedPlan:
+    """All that the Gluon kernel needs and that does not change from call to call."""
+
+    __slots__ = ("_grid", "_launcher", "_numbers", "_pairs")
+
+    def __init__(
+        self,
+        tile: GroupedTile,
+        rows: int,
+        count: int,
+        n: int,
+        k: int,
+        *,
+        x_stride: int,
+        repeat: int,
+        blocksize: int,
+        pairs: Tensor,
+        nested: bool,
+        bias: bool,
+    ) -> None:
+        groups, per_block, unroll = k // 64, blocksize // 64, tile.unroll
+        per_slice = -(-groups // (tile.k_warps * unroll)) * unroll
+        self._pairs = pairs
+        self._numbers = (rows, count, repeat, n, k // 8, k // blocksize, x_stride, groups, per_slice)
+        self._grid = (tile_bound(rows, count, tile.batch), -(-n // tile.rows), 1)
+        constants = (
+            _padded(count), tile.rows, tile.batch, 2, unroll, min(per_block, unroll), per_block, tile.k_warps,
+            tile.n_warps, groups == per_slice * tile.k_warps, nested, bias, tile.ahead,
+        )  # fmt: skip
+        self._launcher = Launcher(fused_kernel(), constants, num_warps=tile.k_warps * tile.n_warps)
+
+    def run(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        nested: Nested,
+        order: Tensor,
+        ends: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Fill ``out`` on the current stream; every tensor begins at a multiple of 16 bytes."""
+        tensors = (packed, x, order, ends, absmax, *nested, bias, out, self._pairs)
+        if self._launcher.compiled():
+            addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+            self._launcher.direct(self._grid, raw_stream(x.device.index), *addresses, *self._numbers)
+        else:
+            self._launcher.ordinary(self._grid, *tensors, *self._numbers)
+
+
+_plans: dict[tuple[Any, ...], GroupedPlan] = {}
+
+
+def _padded(count: int) -> int:
+    """Experts, and one more for rows without, as a power of two."""
+    return triton.next_power_of_2(max(32, count + 1))
+
+
 @implements("triton", "gemm_4bit_grouped")
 def gemm_4bit_grouped(
     A: Tensor,
@@ -96,88 +155,85 @@ def gemm_4bit_grouped(
     absmax_code: Tensor | None = None,
     absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    """Every row times its expert's weight, which is decoded inside the product."""
+    """Every row times its expert's weight: decoded inside the product for few rows, slice by slice for many."""
     count = shapeB[0]
     n, k = (shapeB[2], shapeB[1]) if transposed else (shapeB[1], shapeB[2])
     rows = order.numel()
     out = torch.empty((rows, n), dtype=A.dtype, device=A.device)
     if not out.numel():
         return out
-    for tensor in (B, order, ends, absmax):
-        if not tensor.is_cuda:
+    nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
+    _check_devices(B, order, ends, absmax, *nested, bias)
+    x = A
+    if A.stride(1) != 1 or A.stride(0) % 8 or A.data_ptr() % 16:
+        x = A.clone(memory_format=torch.contiguous_format)
+    repeat, packed, index = rows // A.shape[0], as_bytes(B), A.device.index
+    gpu = gpu_of(index)
+    fused = not transposed and gpu.gluon and _fits(A.dtype, shapeB, blocksize) and fused_kernel() is not None
+    with on_device(index):
+        if rows > SLICED_FROM[fused] * count and grouped_slices.why_not(x, n, k) is None:
+            grouped_slices.product(
+                x, packed, absmax, nested, order, ends, bias, out,
+                repeat=repeat, blocksize=blocksize, quant_type=quant_type, transposed=transposed,
+            )  # fmt: skip
+        elif fused and _aligned(packed, order, ends, absmax, *nested, bias):
+            key = (
+                rows, count, n, k, x.stride(0), repeat, blocksize, quant_type, A.dtype, index, absmax_8bit is None,
+                bias is None,
+            )  # fmt: skip
+            plan = _plans.get(key)
+            if plan is None:
+                plan = _plans[key] = GroupedPlan(
+                    tile_for(gpu, rows, count, n, k), rows, count, n, k,
+                    x_stride=x.stride(0), repeat=repeat, blocksize=blocksize,
+                    pairs=rounded_pairs_of(quant_type, A.dtype, index),
+                    nested=absmax_8bit is not None, bias=bias is not None,
+                )  # fmt: skip
+            plan.run(x, packed, absmax, nested, order, ends, bias, out)
+        else:
+            levels = levels_of(quant_type, index)
+            _portable(x, packed, absmax, nested, order, ends, bias, out, levels, repeat, blocksize, transposed)
+    return out
+
+
+def _fits(dtype: torch.dtype, shape: Sequence[int], blocksize: int) -> bool:
+    """Whether the Gluon kernel takes such experts: rows of whole blocks, numbers below 2^31 within an expert."""
+    count, n, k = shape
+    if dtype == torch.float32 or blocksize < 64 or k % 64 or k % blocksize:
+        return False
+    return n * k // 8 < 1 << 31 and count * n * k // blocksize < 1 << 31
+
+
+def _aligned(*tensors: Tensor | None) -> bool:
+    return not any(tensor.data_ptr() % 16 for tensor in tensors if tensor is not None)
+
+
+def _check_devices(*tensors: Tensor | None) -> None:
+    """Refuse tensors that no GPU can read: their addresses would end the process's use of the GPU."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cuda:
             raise ArgumentError(
                 f"a tensor of the 4-bit experts is on {tensor.device}",
                 expected="all on the activation's GPU",
                 hint="move the module, not its tensors: module.to(device) takes the quant_state along",
             )
-    x = A if A.stride(1) == 1 and A.stride(0) % 8 == 0 and A.data_ptr() % 16 == 0 else A.clone()
-    nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
-    repeat = rows // A.shape[0]
-    packed = as_bytes(B)
-    fits = not transposed and k % 64 == 0 and k % blocksize == 0 and blocksize >= 64 and A.dtype != torch.float32
-    fits = fits and packed.data_ptr() % 16 == 0 and math.prod(shapeB) // blocksize < 1 << 31
-    fits = fits and n * k // 8 < 1 << 31 and k // 64 >= 2
-    with on_device(A.device.index):
-        gpu = gpu_of(A.device.index)
-        if fits and gpu.gluon and fused_kernel() is not None:
-            tile = grouped_tiles.tile_for(gpu, rows, count, n, k)
-            pairs = rounded_pairs_of(quant_type, A.dtype, A.device.index)
-            launch(tile, x, packed, absmax, nested, order, ends, bias, out, pairs, count, repeat, blocksize)
-        else:
-            levels = levels_of(quant_type, A.device.index)
-            _portable(x, packed, absmax, nested, order, ends, bias, out, levels, count, repeat, blocksize, transposed)
-    return out
-
-
-def launch(
-    tile: grouped_tiles.GroupedTile,
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested: Any,
-    order: Tensor,
-    ends: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    pairs: Tensor,
-    count: int,
-    repeat: int,
-    blocksize: int,
-) -> None:
-    """``out`` by the Gluon kernel with that tile."""
-    rows, n = out.shape
-    k = x.shape[1]
-    groups, per_block = k // 64, blocksize // 64
-    unroll = tile.unroll
-    per_slice = -(-groups // (tile.k_warps * unroll)) * unroll
-    start(
-        fused_kernel(),
-        (tile_bound(rows, count, tile.batch), -(-n // tile.rows)),
-        packed, x, order, ends, absmax, *nested, bias, out, pairs,
-        rows, count, repeat, n, k // 8, k // blocksize, x.stride(0), groups, per_slice,
-        triton.next_power_of_2(max(32, count + 1)), tile.rows, tile.batch, 2, unroll, min(per_block, unroll),
-        per_block, tile.k_warps, tile.n_warps, groups == per_slice * tile.k_warps, nested[0] is not None,
-        bias is not None, tile.ahead,
-        num_warps=tile.k_warps * tile.n_warps,
-    )  # fmt: skip
 
 
 def _portable(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
-    nested: Any,
+    nested: Nested,
     order: Tensor,
     ends: Tensor,
     bias: Tensor | None,
     out: Tensor,
     levels: Tensor,
-    count: int,
     repeat: int,
     blocksize: int,
     transposed: bool,
 ) -> None:
-    rows, n = out.shape
+    (rows, n), count = out.shape, ends.numel()
     precise = x.dtype == torch.float32
     batch = 16 if rows <= 16 * count else 64
     columns, depth = (32, 32) if precise else (64, 64)
@@ -186,7 +242,7 @@ def _portable(
         (tile_bound(rows, count, batch), -(-n // columns)),
         packed, x, order, ends, absmax, *nested, levels, bias, out,
         rows, count, n, x.shape[1], x.stride(0), repeat,
-        triton.next_power_of_2(max(32, count + 1)), batch, columns, depth, blocksize, transposed,
-        nested[0] is not None, bias is not None, precise,
+        _padded(count), batch, columns, depth, blocksize, transposed, nested[0] is not None, bias is not None,
+        precise,
         num_warps=4,
     )  # fmt: skip
