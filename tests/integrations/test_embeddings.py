@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import halfbyte
 from halfbyte.demo import measure
+from halfbyte.errors import UnsupportedError
 from halfbyte.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
 from tests.support.tolerances import TOLERANCES
 
@@ -117,6 +119,28 @@ def test_a_model_that_scales_its_rows_keeps_doing_so(tmp_path: Path, tokens: tor
     rows, expected = model.get_input_embeddings()(tokens).float(), plain.get_input_embeddings()(tokens).float()
     assert (rows - expected).norm() / expected.norm() < 0.14
     assert model(tokens).logits.isfinite().all()
+
+
+def test_a_quantized_table_is_not_resized_and_says_what_to_do(tied_dir: Path) -> None:
+    model = load(tied_dir, config(4, quantize_embeddings=True))
+    assert model.resize_token_embeddings(256) is model.get_input_embeddings()
+    with pytest.raises(
+        UnsupportedError, match=r"table of 256 rows cannot become one of 300; .*\nhint: resize and save"
+    ):
+        model.resize_token_embeddings(300)
+    plain = load(tied_dir, config(4))
+    plain.resize_token_embeddings(300)
+    assert plain.get_input_embeddings().num_embeddings == 300
+
+
+def test_a_loaded_model_generates_compiles_and_copies(tied_dir: Path, tokens: torch.Tensor) -> None:
+    model = load(tied_dir, config(4, quantize_embeddings=True))
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False).shape == (2, 15)
+    twin = copy.deepcopy(model)
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    assert torch.equal(twin(tokens).logits, model(tokens).logits)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
 
 
 def test_adapters_train_above_a_quantized_table(tied_dir: Path, tokens: torch.Tensor) -> None:

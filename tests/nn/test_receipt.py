@@ -90,7 +90,7 @@ def test_norms_and_biases_share_a_reason_and_layers_share_a_line() -> None:
 
 def test_embedding_and_unconverted_linear_layers() -> None:
     found = reasons(quantized(llama()))
-    assert found["model.embed_tokens.weight"] == "an embedding table: looked up, not multiplied"
+    assert found["model.embed_tokens.weight"] == "an embedding table: BitsAndBytesConfig(quantize_embeddings=True) quantizes it"
     assert found["lm_head.weight"] == "a linear layer that was not converted"
 
 

@@ -18,6 +18,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from halfbyte import _env
 from halfbyte.integrations import transformers_embeddings, transformers_experts
+from halfbyte.integrations.post_import import after_import
 from halfbyte.nn.compute_dtype import default_compute_dtype
 from halfbyte.nn.linear_4bit import Linear4bit
 from halfbyte.nn.receipt import WARN_BELOW, Receipt, count
@@ -152,6 +153,7 @@ def _conv1d(linear: torch.nn.Linear) -> Conv1D:
 transformers_experts.extend(Bnb4BitHfQuantizer)
 transformers_embeddings.extend(Bnb4BitHfQuantizer)
 transformers_embeddings.extend(Bnb8BitHfQuantizer)
+after_import("transformers.modeling_utils", transformers_embeddings.extend_models)
 _extend(Bnb4BitHfQuantizer)
 _extend(Bnb8BitHfQuantizer)
 _extend_4bit(Bnb4BitHfQuantizer)

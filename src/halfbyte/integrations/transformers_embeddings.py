@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from safetensors import safe_open
 
 from halfbyte import _env
+from halfbyte.errors import UnsupportedError
 from halfbyte.functional import dequantize_4bit, int8_vectorwise_dequant
 from halfbyte.nn import Embedding4bit, Embedding8bit, Linear4bit, Linear8bitLt
 from halfbyte.nn.embedding_kinds import why_not
 
-__all__ = ["OPTION", "extend", "extend_config"]
+__all__ = ["OPTION", "extend", "extend_config", "extend_models"]
 
 OPTION = "quantize_embeddings"
 """Keyword and attribute of BitsAndBytesConfig."""
@@ -85,6 +87,26 @@ def extend(quantizer: Any) -> None:
         _dequantize,
     ):
         setattr(quantizer, replacement.__name__, replacement)
+
+
+def extend_models() -> None:
+    """Make ``resize_token_embeddings`` of transformers' models say what it cannot do, where a table is quantized."""
+    model_class: Any = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    resize = model_class.resize_token_embeddings
+
+    def resize_token_embeddings(self: Any, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        table = self.get_input_embeddings()
+        if not isinstance(table, (Embedding4bit, Embedding8bit)) or new_num_tokens is None:
+            return resize(self, new_num_tokens, *args, **kwargs)
+        if new_num_tokens == table.num_embeddings:
+            return table
+        raise UnsupportedError(
+            f"a quantized table of {table.num_embeddings} rows cannot become one of {new_num_tokens}",
+            expected="a table in 16 or 32 bits",
+            hint="resize and save the model before it is quantized, or load it without quantize_embeddings",
+        )
+
+    model_class.resize_token_embeddings = resize_token_embeddings
 
 
 def _to_convert(quantizer: Any, model: Any, files: Iterable[str] | None) -> list[str]:

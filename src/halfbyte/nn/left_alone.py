@@ -51,7 +51,7 @@ class Reasons:
         if parameter.dim() < 2:
             return "a vector (bias or norm): quantizing saves nothing"
         if isinstance(module, torch.nn.Embedding):
-            return "an embedding table: looked up, not multiplied"
+            return "an embedding table: BitsAndBytesConfig(quantize_embeddings=True) quantizes it"
         if any(part.startswith(("lora_", "vera_", "randlora_")) for part in name.split(".")):
             return "an adapter's weight, which is trained"
         if _named(owner, self._asked):
