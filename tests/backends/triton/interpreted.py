@@ -116,7 +116,7 @@ for name, code in (
     signed, unsigned = torch.from_numpy(dynamic_map()), torch.from_numpy(dynamic_map(signed=False))
     _cells_8bit_kernel[(64,)](code, signed, unsigned, cells, widest, cuts, kind, 64)
     expect("blockwise", int(kind) == {"dynamic": 1, "unsigned": 2}.get(name, 0), "kind", name)
-    for numel, blocksize in ((1, 1), (1000, 100), (4097, 256), (5001, 4096)):
+    for numel, blocksize in ((1, 1), (1000, 100), (4097, 256), (8192, 256), (5001, 4096)):
         x = hard(numel)
         if numel == 4097:
             x[:255] = (code[:-1] + code[1:]) * 0.5
@@ -126,7 +126,21 @@ for name, code in (
         width = 1 << (blocksize - 1).bit_length()
         count = max(1, 4096 // width)
         _quantize_blockwise_kernel[(-(-numel // (count * blocksize)),)](
-            x, codes, absmax, code, cells, widest, cuts, kind, blocksize, numel, width, count, 64, False
+            x,
+            codes,
+            absmax,
+            code,
+            cells,
+            widest,
+            cuts,
+            kind,
+            blocksize,
+            numel,
+            width,
+            count,
+            64,
+            width != blocksize or numel % (count * width) != 0,
+            False,
         )
         ok = torch.equal(codes, codes_ref) and same(absmax, absmax_ref)
         expect("blockwise", ok, name, numel, blocksize, int((codes != codes_ref).sum()))

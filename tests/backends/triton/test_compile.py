@@ -217,7 +217,7 @@ PLAIN = {
         quantize_kernels._quantize_blockwise_kernel,
         {"values": "*fp32", "codes": "*u8", "absmax": "*fp32", "code": "*fp32", "cells": "*i64", "widest": "*i32",
          "cuts": "*fp32", "kind": "*i32", "blocksize": "i32", "numel": "i64"},
-        {"WIDTH": 256, "ROWS": 8, "PROGRAMS": 64, "PTX": False},
+        {"WIDTH": 256, "ROWS": 8, "PROGRAMS": 64, "MASKED": False, "PTX": False},
         ("blocksize", "numel"),
     ),
     "gemm_portable": (

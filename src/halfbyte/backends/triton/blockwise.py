@@ -66,6 +66,7 @@ def _quantize(values: Tensor, code: Tensor, blocksize: int, codes: Tensor, absma
             width,
             rows,
             PROGRAMS,
+            width != blocksize or numel % (rows * width) != 0,
             torch.version.hip is None,
             num_warps=4 if rows * width <= 4096 else 8,
             enable_fp_fusion=False,

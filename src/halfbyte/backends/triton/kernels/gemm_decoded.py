@@ -196,7 +196,6 @@ def _produce(
             # The sum has no terms past N: what was read there again counts nothing.
             scale = gl.where(row + i * 64 < N, scale, 0.0)
         w_ring.index(stage).store(_decode_block(words, scale, levels, DT))
-        fence_async_shared()
         _barrier()
         mbarrier.arrive(full.index(stage), count=1)
         stage += 1
@@ -219,6 +218,9 @@ def _consume(
     phase = 0
     for i in range(steps):
         mbarrier.wait(full.index(stage), phase)
+        # What ordinary stores wrote, the tensor cores read after a fence. Here, because a fence waits for all that its
+        # thread has under way, and the producers have loads under way for the steps to come.
+        fence_async_shared()
         if ACROSS:
             A = _view(w_ring.index(stage), DT, 64, BN, w_shared).permute((1, 0))
         else:

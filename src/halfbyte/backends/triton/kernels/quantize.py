@@ -10,7 +10,7 @@ comparison with the exact fp32 midpoint decides: the result is that of a search 
 import triton
 import triton.language as tl
 
-from halfbyte.backends.triton.kernels.optimizer import SIGNED, UNSIGNED, _guess
+from halfbyte.backends.triton.kernels.optimizer import SIGNED, UNSIGNED, _entries, _guess
 
 __all__ = ["_cells_8bit_kernel", "_quantize_4bit_kernel", "_quantize_blockwise_kernel"]
 
@@ -142,34 +142,44 @@ def _search_8bit(scaled, code, cells, widest, PROGRAMS: tl.constexpr):
 @triton.jit
 def _quantize_blockwise_kernel(
     values, codes, absmax, code, cells, widest, cuts, kind, blocksize, numel,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, PTX: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, PROGRAMS: tl.constexpr, MASKED: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """8-bit codes and absmax of ROWS blocks of up to WIDTH values (``blocksize``, where it is no power of two).
 
     The code of a dynamic map is found by arithmetic, right or one too high, and one comparison with the midpoint below.
+    MASKED: the last program or the blocks are not full.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS
-    left = tl.minimum(numel - row * blocksize, ROWS * blocksize).to(tl.int32)
     values += row * blocksize
     codes += row * blocksize
     rows = tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)[None, :]
-    place = rows[:, None] * blocksize + column
-    inside = (place < left) & (column < blocksize)
-    scaled, scales = _scale_rows(tl.load(values + place, mask=inside, other=0.0).to(tl.float32))
-    tl.store(absmax + row + rows, scales, mask=rows * blocksize < left)
+    if MASKED:
+        left = tl.minimum(numel - row * blocksize, ROWS * blocksize).to(tl.int32)
+        place = rows[:, None] * blocksize + column
+        inside = (place < left) & (column < blocksize)
+        loaded = tl.load(values + place, mask=inside, other=0.0)
+    else:
+        place = rows[:, None] * WIDTH + column
+        loaded = tl.load(values + place)
+    scaled, scales = _scale_rows(loaded.to(tl.float32))
+    if MASKED:
+        tl.store(absmax + row + rows, scales, mask=rows * blocksize < left)
+    else:
+        tl.store(absmax + row + rows, scales)
     map_kind = tl.load(kind)
     if map_kind == 1:
         # The maximum with a number turns NaN into the lowest rank.
         key = tl.maximum(scaled, -1.0)
         rank = _guess(key, SIGNED, PTX)
-        rank -= (key <= tl.load(cuts + rank)).to(tl.int32)
-        tl.store(codes + place, rank.to(tl.uint8), mask=inside)
+        rank -= (key <= _entries(cuts, rank, ROWS, WIDTH)).to(tl.int32)
     elif map_kind == 2:
         key = tl.maximum(scaled, 0.0)
         rank = _guess(key, UNSIGNED, PTX)
-        rank -= (key <= tl.load(cuts + rank)).to(tl.int32)
-        tl.store(codes + place, rank.to(tl.uint8), mask=inside)
+        rank -= (key <= _entries(cuts, rank, ROWS, WIDTH)).to(tl.int32)
     else:
         rank = _search_8bit(scaled, code, cells, widest, PROGRAMS)
+    if MASKED:
         tl.store(codes + place, rank.to(tl.uint8), mask=inside)
+    else:
+        tl.store(codes + place, rank.to(tl.uint8))
