@@ -29,7 +29,7 @@ from benchmarks.common import RESULTS
 from halfbyte import optim
 
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "optim-pretraining.png"
-VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH, STEPS = 49152, 384, 8, 6, 256, 16, 1000
+VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH, STEPS = 49152, 384, 8, 6, 256, 8, 1000
 RATES = {"AdamW": 6e-4, "Lion": 1e-4, "AdEMAMix": 6e-4}
 FORMS = ("32", "8", "8, embeddings 32")
 HELD_OUT = 64

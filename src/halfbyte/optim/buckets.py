@@ -61,7 +61,7 @@ class Bucket:
     @property
     def repeats(self) -> bool:
         """Whether another step may use this bucket, with other numbers."""
-        return self.pager is None and self.edges is None and not {"grad_scale", "update_scale"} & self.settings.keys()
+        return self.edges is None and not {"grad_scale", "update_scale"} & self.settings.keys()
 
     def add(
         self, part: Part, param: Tensor, grad: Tensor, states: list[Tensor], absmax: list[Tensor], owner: int = 0
@@ -122,7 +122,7 @@ class Bucket:
 
     def prepare(self) -> None:
         """Let the backend keep what it can of the call, for :meth:`step` to repeat it."""
-        if not registry.undisturbed(self.params[0]):
+        if self.pager is not None or not registry.undisturbed(self.params[0]):
             return
         lists, rest = (self.params, self.grads, self.states), (self.rule.name, self.skip_zeros)
         if self.blocksize:

@@ -156,26 +156,23 @@ class Pager:
         self._fetch.wait_stream(self._store)  # what the last step stores, this one fetches
         for number, pieces in enumerate(work):
             buffer = buffers[number % BUFFERS]
-            views = buffer.views(pieces)
+            host = [state for piece in pieces for state in piece.states]
+            device = [state for here in buffer.views(pieces) for state in here]
             with torch.cuda.stream(self._fetch):
                 self._fetch.wait_event(buffer.free)
-                for piece, here in zip(pieces, views, strict=True):
-                    for host, device in zip(piece.states, here, strict=True):
-                        device.copy_(host, non_blocking=True)
+                torch._foreach_copy_(device, host, non_blocking=True)
                 buffer.loaded.record(self._fetch)
             own.wait_event(buffer.loaded)
             step(
                 [piece.param for piece in pieces],
                 [piece.grad for piece in pieces],
-                [state for here in views for state in here],
+                device,
                 [scale for piece in pieces for scale in piece.absmax],
             )
             buffer.stepped.record(own)
             with torch.cuda.stream(self._store):
                 self._store.wait_event(buffer.stepped)
-                for piece, here in zip(pieces, views, strict=True):
-                    for host, device in zip(piece.states, here, strict=True):
-                        host.copy_(device, non_blocking=True)
+                torch._foreach_copy_(host, device, non_blocking=True)
                 buffer.free.record(self._store)
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ from halfbyte.backends.triton.kernels.optimizer import _optimizer_kernel
 from halfbyte.backends.triton.optimizer import VALUES, plan
 from halfbyte.backends.triton.rules import function_of, source_of
 from halfbyte.formats.dynamic import dynamic_map
-from halfbyte.rules import rule_named, rule_names
+from halfbyte.rules import FIELDS, rule_named, rule_names
 from tests.backends.triton.compiling import build
 
 CASES = [*rule_names(), "fp16", "blocks of 2048", "random", "skip zeros", "another map"]
@@ -55,6 +55,7 @@ def test_the_kernel_compiles(rule: str, eight: bool, masked: bool, target: str) 
         "seed": "i32",
         **{f"code{i}": "*fp32" for i in range(3)},
         **{f"cuts{i}": "*fp32" for i in range(3)},
+        **dict.fromkeys(FIELDS, "fp32"),
     }
     constants = {
         "RULE": function_of(rule, nvidia),
@@ -67,9 +68,10 @@ def test_the_kernel_compiles(rule: str, eight: bool, masked: bool, target: str) 
         "MASKED": masked,
         "SKIP_ZEROS": False,
         "RANDOM": True,
+        "LOADED": masked,
         "PTX": nvidia,
-        "BLOCKSIZE": 256 if eight else 2048,
-        "ROWS": 8 if eight else 1,
+        "BLOCKSIZE": 256 if eight else 1024,
+        "ROWS": 4 if eight else 1,
     }
     built = build(_optimizer_kernel, types, constants, target=target, enable_fp_fusion=False)
     # The masked kernel serves the ends of tensors only.
@@ -140,7 +142,7 @@ def test_a_rule_keeps_its_code_and_loses_its_container() -> None:
 def test_whole_programs_and_the_rest_are_launched_apart() -> None:
     addresses = [*(16 * word for word in range(1, 6)), 0, 0, 0]
     words = np.asarray([addresses, addresses, [1, *addresses[1:]]], np.int64)
-    whole, rest = plan(words.tobytes(), (3 * VALUES, 2 * VALUES + 1, VALUES), torch.device("cpu"))
+    whole, rest = plan(words.tobytes(), (3 * VALUES, 2 * VALUES + 1, VALUES), VALUES, torch.device("cpu"))
     assert (whole.masked, rest.masked) == (False, True)
     assert whole.owners.tolist() == [0, 0, 0, 1, 1]
     assert rest.owners.tolist() == [1, 2]

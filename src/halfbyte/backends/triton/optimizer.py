@@ -17,11 +17,11 @@ from halfbyte.backends.triton.kernels import optimizer as kernels
 from halfbyte.backends.triton.launch import on_device
 from halfbyte.backends.triton.rules import function_of
 from halfbyte.formats.dynamic import dynamic_map
-from halfbyte.rules import rule_named
+from halfbyte.rules import FIELDS, rule_named
 
 __all__ = ["Launch", "optimizer_step_8bit", "optimizer_step_32bit", "plan"]
 
-VALUES = 2048
+VALUES = 1024
 """Values of one program."""
 
 WARPS = 4
@@ -124,8 +124,8 @@ class Launch:
     owners: Tensor
 
 
-@functools.lru_cache(maxsize=32)
-def plan(addresses: bytes, sizes: tuple[int, ...], device: torch.device) -> tuple[Launch, ...]:
+@functools.lru_cache(maxsize=256)
+def plan(addresses: bytes, sizes: tuple[int, ...], each: int, device: torch.device) -> tuple[Launch, ...]:
     """The launches that step these tensors: whole programs, then what is left.
 
     Kept: a step with the same tensors copies nothing to the device, so that it can be captured in a graph.
@@ -133,20 +133,22 @@ def plan(addresses: bytes, sizes: tuple[int, ...], device: torch.device) -> tupl
     Args:
         addresses: Eight int64 for each tensor: parameter, gradient, three states, three absmax.
         sizes: Values of each tensor.
+        each: Values of one program.
         device: Where they are.
     """
     words, values = np.frombuffer(addresses, np.int64).reshape(len(sizes), 8), np.asarray(sizes, np.int64)
     odd = (words[:, :5] % 16).any(axis=1)
-    whole = np.where(odd, 0, values // VALUES)
+    whole = np.where(odd, 0, values // each)
     launches: list[Launch] = []
-    for masked, counts, before in ((False, whole, 0 * whole), (True, -(-values // VALUES) - whole, whole)):
+    for masked, counts, before in ((False, whole, 0 * whole), (True, -(-values // each) - whole, whole)):
         if not counts.any():
             continue
         # A tensor's first program here steps what lies behind the programs before.
         table = np.column_stack([words, values, np.cumsum(counts) - counts - before])
         owners = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
         with torch.inference_mode(False):
-            launches.append(Launch(masked, torch.from_numpy(table).to(device), torch.from_numpy(owners).to(device)))
+            parts = [torch.from_numpy(part).to(device, non_blocking=True) for part in (table, owners)]
+            launches.append(Launch(masked, *parts))
     return tuple(launches)
 
 
@@ -198,10 +200,14 @@ def _prepared(
             for launch in plan(
                 _addresses(places, params, grads, states, absmax, count),
                 tuple([params[place].numel() for place in places]),
+                max(VALUES, blocksize),
                 device,
             )
         ]
     kernel: Any = kernels._optimizer_kernel
+    # Rules with fewer states, and those with fp32 ones, do not look at the rest.
+    unused = [launches[0][0].table] * (3 - len(maps)) if launches else []
+    tables = (*codes, *unused, *(one.cuts for one in found), *unused)
     constants = {
         "RULE": function_of(rule.name, ptx),
         "STATES": count,
@@ -211,27 +217,28 @@ def _prepared(
         "SKIP_ZEROS": skip_zeros,
         "PTX": ptx,
         "BLOCKSIZE": blocksize,
-        "ROWS": VALUES // blocksize,
+        "ROWS": max(VALUES // blocksize, 1),
         "num_warps": WARPS,
         "enable_fp_fusion": False,
     }
 
     def run(hyper: Tensor, seed: int) -> None:
         with on_device(device.index):
-            numbers = hyper.to(device, non_blocking=True)
-            unused = [numbers] * (3 - len(maps))
-            tables = (*codes, *unused, *(one.cuts for one in found), *unused)
+            loaded = hyper.device.type != "cpu"
+            numbers = [0.0] * len(FIELDS) if loaded else hyper.tolist()
             for launch, p, g in launches:
                 kernel[(launch.owners.numel(),)](
                     launch.table,
                     launch.owners,
-                    numbers,
+                    hyper if loaded else launch.table,
                     max(seed, 0),
                     *tables,
+                    *numbers,
                     P=TYPES[p],
                     G=TYPES[g],
                     MASKED=launch.masked,
                     RANDOM=seed >= 0 and p == torch.bfloat16,
+                    LOADED=loaded,
                     **constants,
                 )
 

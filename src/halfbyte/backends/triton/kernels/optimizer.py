@@ -10,6 +10,8 @@ import struct
 import triton
 import triton.language as tl
 
+from halfbyte.rules import FIELDS
+
 __all__ = ["ANY", "COLUMNS", "SIGNED", "UNSIGNED", "_optimizer_kernel"]
 
 COLUMNS = tl.constexpr(10)
@@ -168,16 +170,20 @@ def _decode(
     return value
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", *FIELDS])
 def _optimizer_kernel(
     table, owners, hyper, seed, code0, code1, code2, cuts0, cuts1, cuts2,
+    lr, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, weight_decay, step, unbias1, unbias2, grad_scale,
+    update_scale,
     RULE: tl.constexpr, STATES: tl.constexpr, COUPLED: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
     KIND0: tl.constexpr, KIND1: tl.constexpr, KIND2: tl.constexpr, EIGHT: tl.constexpr, MASKED: tl.constexpr,
-    SKIP_ZEROS: tl.constexpr, RANDOM: tl.constexpr, PTX: tl.constexpr, BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr, RANDOM: tl.constexpr, LOADED: tl.constexpr, PTX: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """ROWS blocks of BLOCKSIZE values of one tensor: which one, ``owners`` says by program.
 
-    P and G: dtypes of parameter and gradient. MASKED: addresses may be odd, and the last block short. PTX: for NVIDIA.
+    P and G: dtypes of parameter and gradient. MASKED: addresses may be odd, and the last block short. LOADED: the
+    rule's numbers are in ``hyper``, not in the arguments. PTX: for NVIDIA.
     """
     program = tl.program_id(0).to(tl.int64)
     words = table + tl.load(owners + program) * COLUMNS
@@ -215,46 +221,47 @@ def _optimizer_kernel(
         if STATES > 2:
             m2 = _read(s2 + place, inside, MASKED)
 
-    lr = tl.load(hyper)
-    beta1 = tl.load(hyper + 1)
-    rest1 = tl.load(hyper + 2)
-    beta2 = tl.load(hyper + 3)
-    rest2 = tl.load(hyper + 4)
-    beta3 = tl.load(hyper + 5)
-    rest3 = tl.load(hyper + 6)
-    alpha = tl.load(hyper + 7)
-    eps = tl.load(hyper + 8)
-    decay = tl.load(hyper + 9)
-    step = tl.load(hyper + 10)
-    unbias1 = tl.load(hyper + 11)
-    unbias2 = tl.load(hyper + 12)
-    grad_scale = tl.load(hyper + 13)
-    update_scale = tl.load(hyper + 14)
+    if LOADED:
+        lr = tl.load(hyper)
+        beta1 = tl.load(hyper + 1)
+        rest1 = tl.load(hyper + 2)
+        beta2 = tl.load(hyper + 3)
+        rest2 = tl.load(hyper + 4)
+        beta3 = tl.load(hyper + 5)
+        rest3 = tl.load(hyper + 6)
+        alpha = tl.load(hyper + 7)
+        eps = tl.load(hyper + 8)
+        weight_decay = tl.load(hyper + 9)
+        step = tl.load(hyper + 10)
+        unbias1 = tl.load(hyper + 11)
+        unbias2 = tl.load(hyper + 12)
+        grad_scale = tl.load(hyper + 13)
+        update_scale = tl.load(hyper + 14)
     active = g != 0.0
     g = g * grad_scale
     if COUPLED:
-        g = tl.where(decay > 0.0, g + decay * p, g)
+        g = tl.where(weight_decay > 0.0, g + weight_decay * p, g)
     n1 = m1
     n2 = m2
     if STATES == 1:
         update, n0 = RULE(
-            g, m0, lr, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, decay, step, unbias1, unbias2, grad_scale,
-            update_scale,
+            g, m0, lr, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, weight_decay, step, unbias1, unbias2,
+            grad_scale, update_scale,
         )  # fmt: skip
     elif STATES == 2:
         update, n0, n1 = RULE(
-            g, m0, m1, lr, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, decay, step, unbias1, unbias2,
+            g, m0, m1, lr, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, weight_decay, step, unbias1, unbias2,
             grad_scale, update_scale,
         )  # fmt: skip
     else:
         update, n0, n1, n2 = RULE(
-            g, m0, m1, m2, lr, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, decay, step, unbias1, unbias2,
-            grad_scale, update_scale,
+            g, m0, m1, m2, lr, beta1, rest1, beta2, rest2, beta3, rest3, alpha, eps, weight_decay, step, unbias1,
+            unbias2, grad_scale, update_scale,
         )  # fmt: skip
     update = update * update_scale
     decayed = p
     if not COUPLED:
-        decayed = tl.where(decay > 0.0, p - (lr * decay) * p, p)
+        decayed = tl.where(weight_decay > 0.0, p - (lr * weight_decay) * p, p)
     stepped = decayed - lr * update
     ok = (tl.abs(update) < _INFINITY) & (tl.abs(n0) < _INFINITY)
     if STATES > 1:
