@@ -14,7 +14,7 @@ from torch import Tensor
 
 from halfbyte.backends.registry import implements
 from halfbyte.backends.triton.kernels import optimizer as kernels
-from halfbyte.backends.triton.launch import on_device
+from halfbyte.backends.triton.launch import Launcher, on_device, raw_stream
 from halfbyte.backends.triton.rules import function_of
 from halfbyte.formats.dynamic import dynamic_map
 from halfbyte.rules import FIELDS, rule_named
@@ -191,7 +191,8 @@ def _prepared(
     count, device = len(rule.signed), params[0].device
     found = [one for one in map(_find, maps) if not isinstance(one, str)]
     kinds = [one.kind for one in found] + [0] * (3 - len(maps))
-    codes = [code.contiguous() for code in maps]
+    # The kernel is compiled for tables at addresses that divide by 16.
+    codes = [code.contiguous() if code.data_ptr() % 16 == 0 else code.clone() for code in maps]
     ptx = _speaks_ptx(device)
     with on_device(device.index):
         launches = [
@@ -204,45 +205,38 @@ def _prepared(
                 device,
             )
         ]
-    kernel: Any = kernels._optimizer_kernel
     # Rules with fewer states, and those with fp32 ones, do not look at the rest.
     unused = [launches[0][0].table] * (3 - len(maps)) if launches else []
     tables = (*codes, *unused, *(one.cuts for one in found), *unused)
-    constants = {
-        "RULE": function_of(rule.name, ptx),
-        "STATES": count,
-        "COUPLED": rule.decay == "coupled",
-        **{f"KIND{number}": kind for number, kind in enumerate(kinds)},
-        "EIGHT": bool(maps),
-        "SKIP_ZEROS": skip_zeros,
-        "PTX": ptx,
-        "BLOCKSIZE": blocksize,
-        "ROWS": max(VALUES // blocksize, 1),
-        "num_warps": WARPS,
-        "enable_fp_fusion": False,
-    }
+    kind = (function_of(rule.name, ptx), count, rule.decay == "coupled")
+
+    def launcher_for(launch: Launch, p: torch.dtype, g: torch.dtype, random: bool, loaded: bool) -> Launcher:
+        shape = (blocksize, max(VALUES // blocksize, 1))
+        flags = (bool(maps), launch.masked, skip_zeros, random and p == torch.bfloat16, loaded, ptx)
+        return _launcher(device.index, (*kind, TYPES[p], TYPES[g], *kinds, *flags, *shape))
 
     def run(hyper: Tensor, seed: int) -> None:
+        loaded = hyper.device.type != "cpu"
+        numbers = [0.0] * len(FIELDS) if loaded else hyper.tolist()
         with on_device(device.index):
-            loaded = hyper.device.type != "cpu"
-            numbers = [0.0] * len(FIELDS) if loaded else hyper.tolist()
             for launch, p, g in launches:
-                kernel[(launch.owners.numel(),)](
-                    launch.table,
-                    launch.owners,
-                    hyper if loaded else launch.table,
-                    max(seed, 0),
-                    *tables,
-                    *numbers,
-                    P=TYPES[p],
-                    G=TYPES[g],
-                    MASKED=launch.masked,
-                    RANDOM=seed >= 0 and p == torch.bfloat16,
-                    LOADED=loaded,
-                    **constants,
-                )
+                launcher = launcher_for(launch, p, g, seed >= 0, loaded)
+                pointers = (launch.table, launch.owners, hyper if loaded else launch.table)
+                programs = launch.owners.numel()
+                if not launcher.compiled():
+                    launcher.ordinary((programs,), *pointers, max(seed, 0), *tables, *numbers)
+                    continue
+                stream, first = raw_stream(device.index), [tensor.data_ptr() for tensor in pointers]
+                rest = [tensor.data_ptr() for tensor in tables]
+                launcher.direct((programs, 1, 1), stream, *first, max(seed, 0), *rest, *numbers)
 
     return run
+
+
+@functools.lru_cache(maxsize=256)
+def _launcher(index: int, constants: tuple[Any, ...]) -> Launcher:
+    """One for each specialisation and device (``index``): the compiled kernel belongs to it."""
+    return Launcher(kernels._optimizer_kernel, constants, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def _prepare_32bit(
