@@ -160,7 +160,7 @@ class Pager:
             device = [state for here in buffer.views(pieces) for state in here]
             with torch.cuda.stream(self._fetch):
                 self._fetch.wait_event(buffer.free)
-                torch._foreach_copy_(device, host, non_blocking=True)
+                torch._foreach_copy_(device, host, non_blocking=True)  # pyright: ignore[reportPrivateUsage]
                 buffer.loaded.record(self._fetch)
             own.wait_event(buffer.loaded)
             step(
@@ -172,7 +172,7 @@ class Pager:
             buffer.stepped.record(own)
             with torch.cuda.stream(self._store):
                 self._store.wait_event(buffer.stepped)
-                torch._foreach_copy_(host, device, non_blocking=True)
+                torch._foreach_copy_(host, device, non_blocking=True)  # pyright: ignore[reportPrivateUsage]
                 buffer.free.record(self._store)
 
     def finish(self) -> None:
