@@ -2,18 +2,21 @@
 
 Run: ``python benchmarks/gpu_qlora.py [--out FOLDER] [--layers 32] [--only halfbyte,bitsandbytes]``. NF4 with nested
 scales, bf16, LoRA of rank 16 on every linear layer of the blocks through peft, gradient checkpointing, each package's
-8-bit AdamW. Random weights and tokens; nothing is downloaded. Each way has a process of its own: peft finds halfbyte
-under the name of bitsandbytes, as users have it.
+8-bit AdamW. Random weights and tokens; nothing is downloaded. Each way has a process of its own, where peft finds
+halfbyte under the name of bitsandbytes, as users have it; they start together and take turns on the GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib.util
 import json
+import selectors
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import write_csv
-from benchmarks.gpu_model import build, say, seconds, shape
+from benchmarks.gpu_model import build, say, seconds, shape, turn
 
-SIZES = ((1, 2048), (1, 1024), (4, 1024))
+SIZES = ((1, 2048), (4, 1024), (1, 1024))
 """Sequences and their lengths."""
 
 WAYS = ("halfbyte", "bitsandbytes")
@@ -65,13 +68,18 @@ def step_of(model: Any, optimizer: torch.optim.Optimizer, tokens: torch.Tensor) 
     return float(loss.detach())
 
 
-def measure(way: str, layers: int, limit: float) -> None:
+def measure(way: str, layers: int, limit: float, lock: Path) -> None:
     """Print one JSON line for each size."""
     torch.manual_seed(0)
     begin = time.perf_counter()
-    model, optimizer = trained(way, shape(layers), "cuda")
-    gc.collect()
-    torch.cuda.empty_cache()
+    import peft
+    import transformers
+
+    say(way, "peft", peft.__version__, "transformers", transformers.__version__, "imported")
+    with turn(lock):
+        model, optimizer = trained(way, shape(layers), "cuda")
+        gc.collect()
+        torch.cuda.empty_cache()
     memory = torch.cuda.memory_allocated() / 1e9
     say(way, f"model with adapters after {time.perf_counter() - begin:.1f} s: {memory:.3f} GB")
     kind = type(next(m for n, m in model.named_modules() if n.endswith("q_proj"))).__module__
@@ -79,29 +87,32 @@ def measure(way: str, layers: int, limit: float) -> None:
         if time.perf_counter() - begin > limit:
             say(way, "left out for want of time:", batch, length)
             continue
-        tokens = torch.randint(0, 128000, (batch, length), device="cuda")
-        torch.cuda.reset_peak_memory_stats()
-        first = seconds(lambda t=tokens: step_of(model, optimizer, t))
-        say(way, f"{batch}x{length}: first step {first:.2f} s")
-        losses: list[float] = []
-        taken = sorted(
-            seconds(lambda t=tokens, kept=losses: kept.append(step_of(model, optimizer, t))) for _ in range(4)
-        )
-        row = {
-            "way": way,
-            "batch": batch,
-            "tokens": length,
-            "step_ms": round((taken[1] + taken[2]) / 2 * 1e3, 1),
-            "least_ms": round(taken[0] * 1e3, 1),
-            "first_step_ms": round(first * 1e3, 1),
-            "memory_gb": round(memory, 3),
-            "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 3),
-            "loss": round(losses[-1], 4),
-            "adapter": kind,
-            "layers": layers,
-            "device": torch.cuda.get_device_name(),
-        }
+        with turn(lock):
+            row = timed(way, model, optimizer, batch, length)
+        row |= {"memory_gb": round(memory, 3), "adapter": kind, "layers": layers}
         print("ROW " + json.dumps(row), flush=True)
+
+
+def timed(way: str, model: Any, optimizer: torch.optim.Optimizer, batch: int, length: int) -> dict[str, Any]:
+    """Times and peak memory of steps of one size."""
+    tokens = torch.randint(0, 128000, (batch, length), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    first = seconds(lambda: step_of(model, optimizer, tokens))
+    losses: list[float] = []
+    taken = sorted(seconds(lambda: losses.append(step_of(model, optimizer, tokens))) for _ in range(3))
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.empty_cache()
+    return {
+        "way": way,
+        "batch": batch,
+        "tokens": length,
+        "step_ms": round(taken[1] * 1e3, 1),
+        "least_ms": round(taken[0] * 1e3, 1),
+        "first_step_ms": round(first * 1e3, 1),
+        "peak_gb": round(peak, 3),
+        "loss": round(losses[-1], 4),
+        "device": torch.cuda.get_device_name(),
+    }
 
 
 def profile(way: str, layers: int) -> None:
@@ -125,27 +136,39 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(WAYS))
     parser.add_argument("--seconds", type=float, default=1e9, help="a way starts no further size after this long")
     parser.add_argument("--profile", action="store_true", help="a table of kernels instead of times")
+    parser.add_argument("--lock", type=Path, help="held while measuring: benchmarks with the same file take turns")
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         if arguments.profile:
             profile(arguments.child, arguments.layers)
         else:
-            measure(arguments.child, arguments.layers, arguments.seconds)
+            measure(arguments.child, arguments.layers, arguments.seconds, arguments.lock)
         return
     rows: list[dict[str, Any]] = []
-    for way in arguments.only.split(","):
-        if importlib.util.find_spec(way) is None:
-            say(f"{way} is not installed, left out")
-            continue
-        command = [sys.executable, "-W", "ignore", __file__, "--child", way, "--layers", str(arguments.layers)]
-        command += ["--seconds", str(arguments.seconds)] + ["--profile"] * arguments.profile
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-            for line in child.stdout or ():
-                print(line, end="", flush=True)
-                if line.startswith("ROW "):
-                    rows.append(json.loads(line[4:]))
-                    write_csv("gpu_qlora.csv", rows, arguments.out)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
+        children: list[subprocess.Popen[str]] = []
+        for way in arguments.only.split(","):
+            if importlib.util.find_spec(way) is None:
+                say(f"{way} is not installed, left out")
+                continue
+            command = [sys.executable, "-W", "ignore", __file__, "--child", way, "--layers", str(arguments.layers)]
+            command += ["--seconds", str(arguments.seconds)] + ["--profile"] * arguments.profile
+            command += ["--lock", str(arguments.lock or Path(folder) / "lock")]
+            children.append(running.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
+        with selectors.DefaultSelector() as ready:
+            for child in children:
+                ready.register(child.stdout, selectors.EVENT_READ)
+            while ready.get_map():
+                for key, _ in ready.select():
+                    line = key.fileobj.readline()
+                    if not line:
+                        ready.unregister(key.fileobj)
+                        continue
+                    print(line, end="", flush=True)
+                    if line.startswith("ROW "):
+                        rows.append(json.loads(line[4:]))
+                        write_csv("gpu_qlora.csv", rows, arguments.out)
 
 
 if __name__ == "__main__":
