@@ -7,8 +7,9 @@
     python benchmarks/optim_pretraining.py --plot                            draw docs/images/optim-pretraining.png
 
 A whole training step, optimizer included, is one CUDA graph. "8" keeps every state in 8 bits, embeddings too;
-"8, embeddings 32" is what transformers' Trainer does. Writes ``optim-pretraining.csv``: losses every ten steps (means
-of ten), and the loss on text that was not trained on as step 0.
+"8, embeddings 32" is what transformers' Trainer does; ``--peer`` adds "8, bitsandbytes", step by step.
+Writes ``optim-pretraining.csv``: losses every ten steps (means of ten), and the loss on text that was not trained on
+as step 0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import csv
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from halfbyte import optim
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "optim-pretraining.png"
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH, STEPS = 49152, 384, 8, 6, 256, 8, 1000
 RATES = {"AdamW": 6e-4, "Lion": 1e-4, "AdEMAMix": 6e-4}
-FORMS = ("32", "8", "8, embeddings 32")
+PEER = "bitsandbytes"
+FORMS = ("32", "8", "8, embeddings 32", f"8, {PEER}")
 HELD_OUT = 64
 """Sequences at the end of the text that are not trained on."""
 
@@ -84,6 +87,10 @@ def batches(tokens: Tensor, seed: int) -> Tensor:
 
 def optimizer_of(name: str, form: str, model: Transformer, rate: Tensor) -> Any:
     """The optimizer, its rate read from a tensor, so that a graph can follow a schedule."""
+    if PEER in form:
+        import bitsandbytes.optim as theirs
+
+        return getattr(theirs, f"{name}8bit")(model.parameters(), lr=0.0, betas=BETAS[name], weight_decay=0.1)
     manager = optim.GlobalOptimManager.get_instance()
     manager.initialize()
     if "embeddings" in form:
@@ -94,6 +101,18 @@ def optimizer_of(name: str, form: str, model: Transformer, rate: Tensor) -> Any:
 
 
 BETAS = {"AdamW": (0.9, 0.95), "Lion": (0.9, 0.99), "AdEMAMix": (0.9, 0.95, 0.999)}
+
+
+def record(graph: torch.cuda.CUDAGraph, step: Callable[[], None]) -> None:
+    """Capture a step, after two at rate 0: they do nothing, but for the states."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    stream.synchronize()
+    with torch.cuda.graph(graph):
+        step()
 
 
 def train(name: str, form: str, tokens: Tensor, seed: int) -> tuple[list[float], float]:
@@ -117,34 +136,34 @@ def train(name: str, form: str, tokens: Tensor, seed: int) -> tuple[list[float],
         losses.index_copy_(0, place.reshape(1), loss.detach().reshape(1))
         place.add_(1)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # rate 0: two steps for nothing, but for the states
-        step()
-        step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = None if PEER in form else torch.cuda.CUDAGraph()
+    if graph is not None:
+        record(graph, step)
     place.zero_()
     for number in range(STEPS):
         warm, left = min(1.0, (number + 1) / 100), 1 - number / STEPS
-        rate.fill_(RATES[name] * warm * (0.1 + 0.9 * left))
+        now = RATES[name] * warm * (0.1 + 0.9 * left)
         ids.copy_(data[number])
-        graph.replay()
+        if graph is not None:
+            rate.fill_(now)
+            graph.replay()
+        else:
+            optimizer.param_groups[0]["lr"] = now
+            step()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         held = tokens[-HELD_OUT * (LENGTH + 1) :].long().cuda().view(-1, BATCH, LENGTH + 1)
         kept = float(torch.stack([model(part) for part in held]).mean())
     return losses.tolist(), kept
 
 
-def run(file: Path, out: Path, seeds: list[int], seconds: float) -> None:
+def run(file: Path, out: Path, names: list[str], seeds: list[int], seconds: float, forms: tuple[str, ...]) -> None:
     """Every optimizer in every form, seed by seed, as long as time is left."""
     begin, tokens = time.perf_counter(), torch.from_numpy(np.load(file).astype(np.int32))
     rows: list[dict[str, object]] = []
     device = torch.cuda.get_device_name()
     for seed in seeds:
-        for name in RATES:
-            for form in FORMS:
+        for name in names:
+            for form in forms:
                 if time.perf_counter() - begin > seconds:
                     return
                 start = time.perf_counter()
@@ -197,7 +216,7 @@ def plot(folder: Path) -> None:
 
     found = table(folder)
     figure, panels = plt.subplots(1, len(RATES), figsize=(11, 3.4), sharey=True)
-    styles = ({"lw": 3.5, "alpha": 0.35}, {"lw": 1.2}, {"lw": 1.2, "ls": "--"})
+    styles = ({"lw": 3.5, "alpha": 0.35}, {"lw": 1.2}, {"lw": 1.2, "ls": "--"}, {"lw": 1, "ls": ":"})
     for panel, name in zip(panels, RATES, strict=True):
         for form, style in zip(FORMS, styles, strict=True):
             for (who, bits, seed), curve in found.items():
@@ -231,12 +250,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--seconds", type=float, default=600.0, help="start no further training after this")
+    parser.add_argument("--names", nargs="+", default=list(RATES))
+    parser.add_argument("--peer", action="store_true", help="bitsandbytes too")
+    parser.add_argument("--only-peer", action="store_true", help="bitsandbytes alone")
     parser.add_argument("--plot", action="store_true")
     given = parser.parse_args()
     if given.prepare:
         prepare(given.prepare)
     if given.tokens:
-        run(given.tokens, given.out, given.seeds, given.seconds)
+        forms = FORMS if given.peer else FORMS[3:] if given.only_peer else FORMS[:3]
+        run(given.tokens, given.out, given.names, given.seeds, given.seconds, forms)
     if given.plot:
         plot(given.out)
 
