@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import logging
 import sys
@@ -24,11 +25,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import copies_for, write_csv
-from benchmarks.gpu_4bit import graph_time
+from benchmarks.gpu_4bit import eager_time, graph_time
 from halfbyte.nn import Linear8bitLt
 
 SHAPES = [(4096, 4096), (14336, 4096)]
-BATCHES = [1, 16, 512, 2048]
+BATCHES = [1, 2048, 16, 512]
 THRESHOLD = 6.0
 Call = Callable[[], Any]
 
@@ -50,9 +51,23 @@ def layers(kind: Any, weight: Tensor, count: int) -> list[Any]:
     made: list[Any] = []
     for _ in range(count):
         layer = kind(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=THRESHOLD)
-        layer.weight.data = weight.cpu().clone()
+        if made and isinstance(layer, Linear8bitLt):
+            layer = copy.deepcopy(made[0])
+        else:
+            layer.weight.data = weight.cpu().clone()
         made.append(layer.cuda().eval())
     return made
+
+
+def kernels_of(call: Call) -> int:
+    """How many kernels one call starts. Refuses a call that waits for the GPU."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        call()
+    names = [event.key for event in profile.key_averages() for _ in range(event.count)]
+    waits = [name for name in names if "Synchronize" in name and "cudaDeviceSynchronize" not in name]
+    if waits or "aten::item" in names or "aten::nonzero" in names:
+        raise SystemExit(f"the call waits for the GPU: {waits}")
+    return sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaMemset")) for name in names)
 
 
 def checked(found: Tensor, x: Tensor, weight: Tensor, who: str) -> None:
@@ -80,16 +95,21 @@ def measure(n: int, k: int, batch: int) -> list[dict[str, Any]]:
         name = "F.linear bf16" if dtype == torch.bfloat16 else "F.linear fp16"
         add(name, "graph", graph_time(dense))
         add(name, "eager", eager(dense))
+        if dtype == torch.float16:
+            add(name, "host", eager_time(dense[0]))
     half = x.half()
     for who, kind in (("halfbyte", Linear8bitLt), ("bitsandbytes", _peer())):
         if kind is None:
             continue
         given = x.bfloat16() if who == "halfbyte" else half
-        calls = [lambda layer=layer, a=given: layer(a) for layer in layers(kind, weight, count)]
+        copies = layers(kind, weight, count if who == "halfbyte" else 2)
+        calls = [lambda layer=layer, a=given: layer(a) for layer in copies]
         checked(calls[0](), x, weight, who)
         add(who, "eager", eager(calls))
         if who == "halfbyte":
             add(who, "graph", graph_time(calls))
+            add(who, "host", eager_time(calls[0]))
+            add(who, "kernels", float(kernels_of(calls[0])))
     return rows
 
 

@@ -8,11 +8,14 @@ from halfbyte.backends.reference import int8 as reference
 from halfbyte.nn import Linear8bitLt
 from tests.support.hard_inputs import DTYPES
 from tests.support.int8_inputs import THRESHOLD, activations, int8_weight
-from tests.support.tolerances import TOLERANCES, Tolerance, close, rounding
+from tests.support.tolerances import TOLERANCES, Tolerance, close, product, rounding
 
 pytestmark = pytest.mark.gpu
 ops = torch.ops.halfbyte
-SHAPES = [(1, 4096, 64), (1, 63, 5), (3, 65, 33), (16, 128, 100), (17, 300, 70), (200, 1000, 129), (600, 512, 260)]
+SHAPES = [
+    (1, 4096, 64), (1, 63, 5), (1, 512, 48), (1, 14336, 40), (3, 65, 33), (16, 128, 100), (17, 300, 70),
+    (200, 1000, 129), (600, 512, 260),
+]  # fmt: skip
 
 
 def on_gpu(batch: int, columns: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,6 +57,48 @@ def test_outliers_meet_the_unquantized_weight_where_it_is_given(dtype: torch.dty
     expected = reference.int8_linear(A.cpu().float(), CB.cpu(), SCB.cpu(), THRESHOLD, None, W.cpu())
     size = A.cpu().double().abs() @ W.cpu().double().abs().t()
     close("product", found, expected, rounding(dtype), size)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+@pytest.mark.parametrize("batch", [1, 20])
+def test_what_is_not_finite_stays_in_its_row(batch: int, value: float) -> None:
+    A, CB, SCB = on_gpu(batch, 512, 40, torch.bfloat16)
+    clean = ops.int8_linear(A, CB, SCB, THRESHOLD).cpu()
+    A[0, 7] = value
+    found = ops.int8_linear(A, CB, SCB, THRESHOLD).cpu()
+    expected = reference.int8_linear(A.cpu(), CB.cpu(), SCB.cpu(), THRESHOLD)
+    assert torch.equal(found[0].isfinite(), expected[0].isfinite())
+    assert torch.equal(found[0].isnan(), expected[0].isnan())
+    assert torch.equal(found[1:], clean[1:])
+
+
+def test_more_outlier_columns_than_are_copied_side_by_side_are_all_counted() -> None:
+    A, CB, SCB = on_gpu(300, 1024, 100, torch.bfloat16)
+    assert (A.abs() >= THRESHOLD).any(0).sum() > 64
+    found = ops.int8_linear(A, CB, SCB, THRESHOLD).double().cpu()
+    expected = reference.int8_linear(A.cpu().float(), CB.cpu(), SCB.cpu(), THRESHOLD).double()
+    close("product", found, expected, rounding(torch.bfloat16), expected.abs() + 1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64, 4096), (5, 33, 65), (300, 512, 260)])
+def test_gradients_are_the_references(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    CB, SCB = int8_weight(shape[2], shape[1])
+    grad = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(4)).to(dtype)
+    found = ops.int8_linear_dgrad(grad.cuda(), CB.cuda(), SCB.cuda()).cpu()
+    weight = F.int8_vectorwise_dequant(CB, SCB).double()
+    close("gradient", found, grad.double() @ weight, product(dtype), grad.double().abs() @ weight.abs())
+
+
+@pytest.mark.parametrize("batch", [1, 33])
+def test_layers_compile_whole_forward_and_backward(batch: int) -> None:
+    made, x = layer(batch)
+    x.requires_grad_()
+    compiled = torch.compile(made, fullgraph=True)
+    out, expected = compiled(x), made(x)
+    assert torch.equal(out, expected)
+    grads = [torch.autograd.grad(value.float().sum(), x)[0] for value in (out, expected)]
+    assert torch.equal(*grads)
 
 
 def layer(batch: int) -> tuple[Linear8bitLt, torch.Tensor]:

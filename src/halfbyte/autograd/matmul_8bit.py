@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from halfbyte.backends import registry
 from halfbyte.errors import QuantStateMissingError
-from halfbyte.functional import int8_vectorwise_quant
+from halfbyte.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 
-__all__ = ["MatMul8bitLt", "MatmulLtState", "matmul"]
+__all__ = ["MatMul8bitFp", "MatMul8bitLt", "MatmulLtState", "matmul"]
 
 _ops = torch.ops.halfbyte
 
@@ -101,6 +102,30 @@ class MatMul8bitLt(torch.autograd.Function):
         return grad_A, grad_B, None, grad_bias, None
 
 
+class MatMul8bitFp(MatMul8bitLt):
+    """``A @ weight.T + bias`` in A's dtype with the dequantized weight: no int8 product, no outliers.
+
+    Gradients are those of :class:`MatMul8bitLt`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        A: Tensor,
+        B: Tensor,
+        out: Tensor | None = None,
+        bias: Tensor | None = None,
+        state: MatmulLtState | None = None,
+    ) -> Tensor:
+        CB, SCB, full = _operands(B, MatmulLtState() if state is None else state)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.weight_dtype = B.dtype
+        ctx.save_for_backward(A if ctx.needs_input_grad[1] else None, CB, SCB)
+        weight = int8_vectorwise_dequant(CB, SCB) if full is None else full
+        result = torch.nn.functional.linear(A, weight.to(A.dtype), None if bias is None else bias.to(A.dtype))
+        return result if out is None else out.copy_(result)
+
+
 def matmul(
     A: Tensor,
     B: Tensor,
@@ -137,7 +162,9 @@ def matmul(
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)):
         return MatMul8bitLt.apply(A, B, out, bias, state)  # pyright: ignore[reportReturnType]
     CB, SCB, full = _operands(B, state)
-    result = _ops.int8_linear(A, CB, SCB, state.threshold, bias, full)
+    # Eager inference skips torch's dispatcher, which costs as much as a small product on a GPU.
+    product = registry.kernel("int8_linear") if registry.undisturbed(A) else _ops.int8_linear
+    result = product(A, CB, SCB, state.threshold, bias, full)
     return result if out is None else out.copy_(result)
 
 

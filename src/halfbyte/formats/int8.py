@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CODE_MAX", "EXACT_FP32_TERMS", "LAYOUTS", "STEP", "STEP_SQUARED", "WEIGHT_FORMATS", "Layout"]
+__all__ = ["CODE_MAX", "EXACT_FP32_TERMS", "EXACT_INT32_TERMS", "LAYOUTS", "STEP", "STEP_SQUARED", "WEIGHT_FORMATS", "Layout"]
 
 CODE_MAX = 127
 """Largest code; -128 is not used, so that the codes are symmetric."""
@@ -17,6 +17,9 @@ STEP_SQUARED = 1 / CODE_MAX**2
 
 EXACT_FP32_TERMS = 1024
 """Products of two int8 numbers whose sum fp32 holds exactly, whatever their order: 1024 * 128**2 = 2**24."""
+
+EXACT_INT32_TERMS = 131072
+"""Products of two int8 numbers whose sum int32 holds: 131072 * 127**2 < 2**31."""
 
 WEIGHT_FORMATS = ("row", "col32", "col_turing", "col_ampere")
 """Names of the layouts a checkpoint's ``weight_format`` numbers (0 to 3). Only ``row`` is written."""

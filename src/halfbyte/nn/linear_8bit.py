@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.autograd import MatmulLtState, matmul
+from halfbyte.errors import ArgumentError, CheckpointError
 from halfbyte.nn.holds_8bit import Holds8bit
 from halfbyte.nn.int8_params import Int8Params
+from halfbyte.nn.weight_formats import to_rows
 
 __all__ = ["LayerState", "Linear8bitLt"]
 
@@ -67,6 +69,10 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
             everything into int8.
         index: Kept for callers that set it.
         device: Where the unquantized weight is created.
+        memory_efficient_backward: Only False, for calls written against bitsandbytes before 0.45.
+
+    Raises:
+        ArgumentError: ``memory_efficient_backward``, by name or in its old place.
 
     Source: Dettmers et al. 2022, arXiv:2208.07339.
 
@@ -86,7 +92,16 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
         threshold: float = 0.0,
         index: Any = None,
         device: torch.device | str | int | None = None,
+        *,
+        memory_efficient_backward: bool = False,
     ) -> None:
+        if memory_efficient_backward or isinstance(threshold, bool):
+            # It stood before the threshold once: by position it would pass for one.
+            raise ArgumentError(
+                f"Linear8bitLt with memory_efficient_backward={memory_efficient_backward}, threshold={threshold}",
+                expected="no memory_efficient_backward: bitsandbytes dropped it in 0.45, and gradients never need it",
+                hint="name what follows: Linear8bitLt(..., threshold=6.0)",
+            )
         super().__init__(input_features, output_features, bias, device)
         self.state = LayerState(self)
         self.state.threshold = threshold
@@ -103,6 +118,42 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
             # Never moved since it was made: the move quantizes.
             self.weight = weight = weight.to(weight.device)
         return matmul(x, weight, state=self.state, bias=self.bias)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not isinstance(self.state, LayerState):
+            self._take_over(self.state)
+
+    def _take_over(self, old: MatmulLtState) -> None:
+        """Become a layer of halfbyte's after bitsandbytes pickled it: codes and scales lie in one of three places.
+
+        Raises:
+            CheckpointError: Codes without scales.
+        """
+        fields = vars(old)
+        self.state = LayerState(self)
+        for name in ("threshold", "has_fp16_weights", "is_training", "use_pool"):
+            setattr(self.state, name, fields.get(name, getattr(self.state, name)))
+        weight = self._parameters["weight"]
+        if weight is None or isinstance(weight, Int8Params):
+            return
+        marks = {name: value for name, value in vars(weight).items() if name not in {"CB", "SCB", "has_fp16_weights"}}
+        marks["has_fp16_weights"] = self.state.has_fp16_weights
+        if weight.is_floating_point():
+            self.weight = Int8Params(weight.data, requires_grad=weight.requires_grad, **marks)
+            return
+        kept = [fields.get("SCB"), getattr(weight, "SCB", None)]
+        scales = next((value for value in kept if value is not None), None)
+        if scales is None:
+            raise CheckpointError("a pickled 8-bit layer without its scales", expected="SCB in its state or weight")
+        layout = fields.get("formatB") or "row"
+        codes = weight.data
+        if fields.get("CxB") is not None:  # releases up to 0.44, after a product on a GPU
+            shape = (self.out_features, self.in_features)
+            codes = to_rows(fields["CxB"], "row" if tuple(codes.shape) == shape and layout == "row" else layout, shape)
+        elif fields.get("CB") is not None:
+            codes = fields["CB"]
+        self.weight = Int8Params(codes, requires_grad=False, SCB=scales.float().view(-1).to(codes.device), **marks)
 
     def init_8bit_state(self) -> None:
         """Kept for callers: the state reads codes and scales from the weight at any time."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import int8
 
-__all__ = ["to_rows", "weight_format_name"]
+__all__ = ["maybe_rearrange_weight", "to_rows", "weight_format_name"]
 
 _COLUMN_TILE = 32
 
@@ -57,3 +60,36 @@ def to_rows(weight: Tensor, weight_format: str, shape: tuple[int, int]) -> Tenso
     order = [1, *(2 + digit for digit in layout.rows), 0, *(2 + digit for digit in layout.columns)]
     rows = tiles.permute(order).reshape(row_tiles * layout.row_tile, column_tiles * _COLUMN_TILE)
     return rows[: shape[0], : shape[1]].contiguous()
+
+
+def maybe_rearrange_weight(
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: object,  # noqa: ARG001 - torch calls its hooks with all of these, by position
+    strict: bool,  # noqa: ARG001
+    missing_keys: object,  # noqa: ARG001
+    unexpected_keys: object,  # noqa: ARG001
+    error_msgs: object,  # noqa: ARG001
+) -> None:
+    """Put a state dict's int8 weight into rows, in place, and drop its ``weight_format``.
+
+    :class:`halfbyte.nn.Linear8bitLt` does this by itself; pickled layers of bitsandbytes name it as their hook. It
+    knows no layer: a weight whose columns were padded to a multiple of 32 keeps the padding.
+
+    Raises:
+        CheckpointError: No such layout, or a weight that does not fill it.
+
+    >>> state = {"weight": torch.arange(64).view(2, 32).to(torch.int8), "weight_format": 1}
+    >>> maybe_rearrange_weight(state, "", {}, True, [], [], [])
+    >>> list(state), state["weight"][1, 0].item()
+    (['weight'], 32)
+    """
+    weight = state_dict.get(f"{prefix}weight")
+    if weight is None:
+        return
+    name = weight_format_name(state_dict.pop(f"{prefix}weight_format", "row"))
+    if name == "row" or weight.dtype != torch.int8:
+        return
+    scales = state_dict.get(f"{prefix}SCB")
+    rows = weight.shape[0] if scales is None else scales.numel()
+    state_dict[f"{prefix}weight"] = to_rows(weight, name, (rows, weight.shape[1]))

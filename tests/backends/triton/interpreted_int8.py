@@ -11,12 +11,15 @@ import torch
 
 import halfbyte.backends.registry  # noqa: F401  (binds the ops)
 from halfbyte.backends.reference import int8 as reference
-from halfbyte.backends.triton.kernels.int8 import _int8_columns_kernel, _int8_product_kernel, _int8_rows_kernel
+from halfbyte.backends.triton.kernels.int8 import _int8_dequantize_kernel, _int8_gather_kernel, _int8_rows_kernel
+from halfbyte.backends.triton.kernels.int8_gemv import _int8_gemv_kernel
+from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel
 from halfbyte.formats.int8 import STEP, STEP_SQUARED
 
 wrong = defaultdict(list)
 torch.manual_seed(2)
 THRESHOLD = 6.0
+CAPACITY = 16
 
 
 def same(a, b):
@@ -40,51 +43,105 @@ def activations(m, k, dtype):
     return x.to(dtype)
 
 
-def rows_of(x, threshold):
+def rows_of(x, threshold, shared):
     m, k = x.shape
     codes, absmax = torch.full((m, k), 99, dtype=torch.int8), torch.full((m,), float("nan"))
-    flags = torch.zeros(k, dtype=torch.int32)
-    _int8_rows_kernel[(m,)](x, codes, absmax, flags, threshold, k, x.stride(0), threshold > 0, 64)
-    columns, count = torch.full((k,), -1, dtype=torch.int32), torch.full((1,), -1, dtype=torch.int32)
-    _int8_columns_kernel[(1,)](flags, columns, count, k, 64)
-    return codes, absmax, columns, count
+    words = torch.zeros((1 if shared else m, -(-k // 32)), dtype=torch.int32)
+    _int8_rows_kernel[(m,)](x, codes, absmax, words, threshold, k, x.stride(0), threshold > 0, shared, 64)
+    return codes, absmax, words
 
 
-def product(codes, weight, dtype, bias, scales, outliers, full):
+def listed(words, k):
+    bits = (words[:, :, None] >> torch.arange(32)) & 1
+    return bits.reshape(words.shape[0], -1)[:, :k].bool()
+
+
+def check_gather(words, x, weight):
+    (m, k), n = x.shape, len(weight)
+    a, b = torch.full((m, CAPACITY), 77.0).to(x.dtype), torch.full((n, CAPACITY), 77.0).to(x.dtype)
+    count = torch.full((1,), -1, dtype=torch.int32)
+    _int8_gather_kernel[(-(-m // 8) + -(-n // 8),)](
+        words, x, weight, a, b, count, THRESHOLD, m, n, k, x.stride(0), CAPACITY, 8, 8, 4
+    )
+    columns = listed(words, k)[0].nonzero().view(-1)[:CAPACITY]
+    part = x[:, columns]
+    want = part.masked_fill(~(part.abs() >= THRESHOLD), 0)
+    expect("gather", torch.equal(a[:, : len(columns)], want), "activation", m, n, k)
+    expect("gather", torch.equal(b[:, : len(columns)], weight[:, columns].to(x.dtype)), "weight", m, n, k)
+    used = -(-len(columns) // 4) * 4
+    expect("gather", not a[:, len(columns) : used].any() and not b[:, len(columns) : used].any(), "rest", m, n, k)
+    expect("gather", int(count) == int(listed(words, k).sum()), "count", m, n, k)
+    return a, b, count
+
+
+def product(codes, weight, dtype, bias, scales, outliers, full, apart=None):
     (m, k), n = codes.shape, weight.shape[0]
     out = torch.full((m, n), -1 if dtype == torch.int32 else float("nan"), dtype=dtype)
-    x, columns, count, threshold = outliers or (None, None, None, 0.0)
+    x, words = outliers or (None, None)
+    a, b, count = apart or (None, None, None)
     grid = (-(-m // 16) * -(-n // 32),)
+    word_rows = 1 if words is None or len(words) == 1 else 32
     _int8_product_kernel[grid](
-        codes, weight, out, bias, *scales, x, full, columns, count, threshold, m, n, k, k if x is None else x.stride(0),
-        STEP, STEP_SQUARED, 16, 32, 32, 16, 2, dtype == torch.int32, outliers is not None, full is not None,
+        codes, weight, out, bias, *scales, x, full, words, a, b, count, THRESHOLD, m, n, k,
+        k if x is None else x.stride(0), STEP, STEP_SQUARED, 16, 32, 32, 4, 2, k % 32 == 0,
+        CAPACITY if apart else 0, 8 if apart else 2, word_rows, dtype == torch.int32, outliers is not None,
+        full is not None, bias is not None,
+    )  # fmt: skip
+    return out
+
+
+def gemv(x, weight, SCB, threshold, bias, full):
+    (m, k), n = x.shape, weight.shape[0]
+    out = torch.full((m, n), float("nan"), dtype=x.dtype)
+    _int8_gemv_kernel[(-(-n // 8),)](
+        x, weight.view(torch.int32), out, bias, SCB, full, threshold, m, n, k, k // 4, x.stride(0),
+        STEP, STEP_SQUARED, 4 if m > 1 else 1, 8, 64, 64, 4, False, k % 64 == 0, threshold > 0, full is not None,
         bias is not None,
     )  # fmt: skip
     return out
 
 
-for m, n, k in ((1, 40, 96), (5, 33, 65), (20, 70, 130)):
+def close(a, b):
+    return torch.allclose(a.float(), b.float(), rtol=2e-3, atol=2e-2, equal_nan=True)
+
+
+for n, k, first, columns in ((40, 96, 0, 96), (21, 65, 7, 30)):
+    weight, SCB = torch.randint(-127, 128, (n, k)).to(torch.int8), torch.rand(n)
+    found = torch.full((n, columns), float("nan"))
+    _int8_dequantize_kernel[(-(-n // 16), -(-columns // 32))](weight, SCB, found, n, k, first, columns, STEP, 16, 32)
+    want = reference.int8_vectorwise_dequant(weight, SCB)[:, first : first + columns]
+    expect("dequantize", torch.allclose(found, want, rtol=1e-6), n, k, first, columns)
+
+for m, n, k in ((1, 40, 96), (4, 21, 64), (3, 21, 160), (5, 33, 65), (20, 70, 130)):
     weight = torch.randint(-127, 128, (n, k)).to(torch.int8)
     SCB, bias = torch.rand(n), torch.randn(n)
     for dtype in (torch.float32, torch.float16):  # the interpreter truncates to bf16
         for threshold in (0.0, THRESHOLD):
             x = activations(m, k, dtype)
-            codes, absmax, columns, count = rows_of(x, threshold)
+            what = (m, n, k, dtype, threshold)
+            codes, absmax, own = rows_of(x, threshold, False)
+            again, _, shared = rows_of(x, threshold, True)
             values, outliers = reference._split(x, threshold)
             want_codes, want_absmax = reference.quantize_rows(values)
-            expect("rows", torch.equal(codes, want_codes) and same(absmax, want_absmax), m, k, dtype, threshold)
-            found = columns[: int(count)].tolist()
-            listed = [] if outliers is None else outliers.any(0).nonzero().view(-1).tolist()
-            expect("columns", found == listed, m, k, dtype, threshold)
+            expect("rows", torch.equal(codes, want_codes) and same(absmax, want_absmax), *what)
+            if outliers is not None:
+                expect("rows", torch.equal(listed(own, k), outliers) and torch.equal(again, codes), *what)
+                expect("rows", torch.equal(listed(shared, k)[0], outliers.any(0)), *what)
             sums = product(codes, weight, torch.int32, None, (None, None), None, None)
             expect("sums", torch.equal(sums, reference.int8_linear_matmul(codes, weight)), m, n, k)
-            for full in (None, (weight * SCB[:, None] / 100).to(dtype)):
+            apart = check_gather(shared, x, weight) if threshold and k <= 256 else None
+            for full in (None, (weight * SCB[:, None] / 100).to(dtype)) if threshold else (None,):
                 for given in (None, bias):
                     want = reference.int8_linear(x, weight, SCB, threshold, given, full)
-                    scales = (absmax, SCB)
-                    extra = (x, columns, count, threshold) if threshold else None
-                    got = product(codes, weight, dtype, given, scales, extra, full if threshold else None)
-                    close = torch.allclose(got.float(), want.float(), rtol=2e-3, atol=2e-2, equal_nan=True)
-                    expect("product", close, m, n, k, dtype, threshold, full is not None)
+                    for words in (own, shared) if threshold else (None,):
+                        extra = (x, words) if threshold else None
+                        got = product(codes, weight, dtype, given, (absmax, SCB), extra, full)
+                        expect("product", close(got, want), *what, full is not None)
+                    if apart is not None and full is None:
+                        got = product(codes, weight, dtype, given, (absmax, SCB), (x, shared), None, apart)
+                        expect("product", close(got, want), "apart", *what)
+                    if m <= 4 and k % 16 == 0:
+                        got = gemv(x, weight, SCB, threshold, given, full)
+                        expect("gemv", close(got, want), *what, full is not None)
 
 print(json.dumps(wrong))

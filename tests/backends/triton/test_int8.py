@@ -11,14 +11,25 @@ import pytest
 
 pytest.importorskip("triton")
 
-from halfbyte.backends.triton.int8 import tile_for
+from halfbyte.backends.triton.device import Gpu
+from halfbyte.backends.triton.int8_tuning import BATCHES, Tile, closed_form, read, tile_for
 from halfbyte.backends.triton.kernels import int8 as kernels
+from halfbyte.backends.triton.kernels.int8_gemv import _int8_gemv_kernel
+from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel, _int8_product_tma_kernel
 from halfbyte.formats.int8 import STEP, STEP_SQUARED
-from tests.backends.triton.compiling import build
+from tests.backends.triton.compiling import Built, build
 
-CASES = ("rows", "columns", "sums", "product")
+CASES = ("rows", "gather", "sums", "product", "gemv", "dequantize")
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_120", "gfx942")
-ALIGNED = ("K", "N", "x_stride")
+ALIGNED = ("K", "K4", "N", "x_stride", "first", "columns")
+SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
+OPTIONAL = ("bias", "x", "full", "words", "apart_x", "apart_weight", "count")
+FEW = [batch for batch in BATCHES if batch <= 4]
+MANY = [batch for batch in BATCHES if batch > 4]
+
+
+def gpu(target: str) -> Gpu:
+    return Gpu(target, 132, 50 << 20, gluon=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,61 +49,103 @@ def test_the_interpreted_kernel_agrees_with_the_reference(case: str, verdicts: d
     assert verdicts[case] == []
 
 
-def product(target: str, batch: int, dtype: str, split: bool, full: bool = False) -> Any:
-    tile = tile_for(batch, dtype == "fp32")
+def product(target: str, tile: Tile, dtype: str = "bf16", full: bool = False, gathered: bool = True) -> Built:
     types = {
         "codes": "*i8", "weight": "*i8", "out": f"*{dtype}", "bias": f"*{dtype}", "row_absmax": "*fp32",
         "column_absmax": "*fp32", "threshold": "fp32", "M": "i32", "N": "i32", "K": "i32", "x_stride": "i32",
+        "x": f"*{dtype}", "words": "*i32",
     }  # fmt: skip
-    if split:
-        types |= {"x": f"*{dtype}", "columns": "*i32", "count": "*i32"}
     if full:
         types["full"] = f"*{dtype}"
-    names = ("x", "full", "columns", "count")
-    constants: dict[str, Any] = {name: None for name in names if name not in types}
+    if gathered:
+        types |= {"apart_x": f"*{dtype}", "apart_weight": f"*{dtype}", "count": "*i32"}
+    constants: dict[str, Any] = {name: None for name in OPTIONAL if name not in types}
     constants |= {
         "STEP": STEP, "STEP_SQUARED": STEP_SQUARED, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BO": 16,
-        "GROUP": tile.group, "RAW": False, "SPLIT": split, "FULL": full, "BIAS": True,
+        "GROUP": tile.group, "CAPACITY": 64 if gathered else 0, "WORDS": 128, "WORD_ROWS": 1 if gathered else 16,
+        "RAW": False, "SPLIT": True, "FULL": full, "BIAS": True,
     }  # fmt: skip
-    shape = {"warps": tile.warps, "num_stages": tile.stages, "aligned": ALIGNED}
-    return build(kernels._int8_product_kernel, types, constants, target=target, **shape)
+    options: dict[str, Any] = {"warps": tile.warps, "num_stages": tile.stages, "aligned": ALIGNED}
+    if tile.kind == "tma":
+        del types["codes"]
+        types["codes_tiles"] = f"tensordesc<i8[{tile.m}, {tile.k}]>"
+        types["weight_tiles"] = f"tensordesc<i8[{tile.n}, {tile.k}]>"
+        constants["PROGRAMS"] = 132 if tile.persistent else 0
+        return build(_int8_product_tma_kernel, types, constants, target=target, **options)
+    return build(_int8_product_kernel, types, constants | {"EVEN": True}, target=target, **options)
 
 
-@pytest.mark.parametrize("batch", [1, 64, 512, 4096])
+def few(target: str, tile: Tile, dtype: str = "bf16", full: bool = False) -> Built:
+    types = {
+        "x": f"*{dtype}", "weight": "*i32", "out": f"*{dtype}", "bias": f"*{dtype}", "column_absmax": "*fp32",
+        "threshold": "fp32", "M": "i32", "N": "i32", "K": "i32", "K4": "i32", "x_stride": "i32",
+    }  # fmt: skip
+    constants: dict[str, Any] = {"full": None}
+    if full:
+        types["full"] = f"*{dtype}"
+        constants = {}
+    constants |= {
+        "STEP": STEP, "STEP_SQUARED": STEP_SQUARED, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BX": 4096 // tile.m,
+        "BO": 16, "ASM": target.startswith("sm_"), "EVEN": True, "SPLIT": True, "FULL": full, "BIAS": True,
+    }  # fmt: skip
+    return build(
+        _int8_gemv_kernel, types, constants, target=target, warps=tile.warps, aligned=ALIGNED, enable_fp_fusion=False
+    )
+
+
+@pytest.mark.parametrize("batch", MANY)
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_product_compiles_to_int8_tensor_cores(target: str, batch: int) -> None:
-    text = product(target, batch, "bf16", split=True).asm
+def test_products_of_many_rows_take_tensor_cores_and_fit_into_shared_memory(target: str, batch: int) -> None:
+    built = product(target, closed_form(gpu(target), batch, 4096, 4096), gathered=batch >= 256)
     if target == "gfx942":
-        assert "mfma_i32" in text["amdgcn"]
+        assert "mfma_i32" in built.asm["amdgcn"]
     else:
-        assert "s32.s8.s8" in text["ptx"]
+        assert "s32.s8.s8" in built.asm["ptx"]
+        assert 0 < built.shared <= SHARED[target]
+
+
+@pytest.mark.parametrize("batch", FEW)
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_of_few_rows_load_16_bytes_and_multiply_four_codes_at_once(target: str, batch: int) -> None:
+    built = few(target, closed_form(gpu(target), batch, 4096, 4096))
+    if target != "gfx942":
+        assert "dp4a.s32.s32" in built.asm["ptx"]
+        assert "ld.global.v4.b32" in built.asm["ptx"]
+        assert built.registers_spilled == 0
+
+
+@pytest.mark.parametrize("entry", read("sm_90"), ids=str)
+def test_measured_tiles_fit_and_do_not_spill(entry: Any) -> None:
+    tile = entry.tile
+    built = few("sm_90", tile) if tile.kind == "rows" else product("sm_90", tile, gathered=entry.batch >= 256)
+    assert built.registers_spilled == 0
+    assert built.shared <= SHARED["sm_90"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @pytest.mark.parametrize("full", [False, True])
-def test_the_product_compiles_for_every_dtype(dtype: str, full: bool) -> None:
-    assert "s32.s8.s8" in product("sm_80", 1, dtype, split=True, full=full).asm["ptx"]
+def test_products_compile_for_every_dtype(dtype: str, full: bool) -> None:
+    tile = Tile("pointer", 64, 64, 128, 8, 4, 3)
+    assert "s32.s8.s8" in product("sm_80", tile, dtype, full, gathered=not full).asm["ptx"]
+    assert "dp4a" in few("sm_80", Tile("rows", 1, 16, 2048, 1, 8), dtype, full).asm["ptx"]
 
 
-@pytest.mark.parametrize("batch", [512, 4096])
-def test_hopper_multiplies_whole_warp_groups(batch: int) -> None:
-    assert "wgmma.mma_async" in product("sm_90", batch, "bf16", split=True).asm["ptx"]
-
-
-@pytest.mark.parametrize("batch", [1, 64, 512, 4096])
-@pytest.mark.parametrize(("target", "capacity"), [("sm_80", 163 << 10), ("sm_89", 99 << 10), ("sm_90", 227 << 10)])
-def test_the_product_fits_into_shared_memory(target: str, capacity: int, batch: int) -> None:
-    assert 0 < product(target, batch, "bf16", split=True).shared <= capacity
+def test_hopper_multiplies_whole_warp_groups_and_can_let_the_copy_engine_fetch() -> None:
+    built = product("sm_90", Tile("tma", 128, 256, 128, 8, 8, 3))
+    assert "wgmma.mma_async" in built.asm["ptx"]
+    assert "cp.async.bulk.tensor" in built.asm["ptx"]
+    assert built.registers_spilled == 0
 
 
 @pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
-def test_quantization_compiles_without_contracting_its_rounding(target: str, split: bool) -> None:
+def test_quantization_compiles_without_contracting_its_rounding(target: str, shared: bool, split: bool) -> None:
     types = {
-        "x": "*bf16", "codes": "*i8", "absmax": "*fp32", "flags": "*i32", "threshold": "fp32", "K": "i32",
+        "x": "*bf16", "codes": "*i8", "absmax": "*fp32", "words": "*i32", "threshold": "fp32", "K": "i32",
         "x_stride": "i32",
     }  # fmt: skip
-    constants = {"SPLIT": split, "BLOCK": 4096}
+    constants = {"SPLIT": split, "SHARED": shared, "BLOCK": 4096}
     text = build(
         kernels._int8_rows_kernel, types, constants, target=target, warps=8, aligned=ALIGNED, enable_fp_fusion=False
     ).asm
@@ -102,6 +155,31 @@ def test_quantization_compiles_without_contracting_its_rounding(target: str, spl
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_list_of_columns_compiles(target: str) -> None:
-    types = {"flags": "*i32", "columns": "*i32", "count": "*i32", "K": "i32"}
-    assert build(kernels._int8_columns_kernel, types, {"BLOCK": 1024}, target=target).shared < 48 << 10
+def test_gathering_and_dequantizing_compile(target: str) -> None:
+    types = {
+        "words": "*i32", "x": "*bf16", "weight": "*i8", "apart_x": "*bf16", "apart_weight": "*bf16", "count": "*i32",
+        "threshold": "fp32", "M": "i32", "N": "i32", "K": "i32", "x_stride": "i32",
+    }  # fmt: skip
+    constants = {"CAPACITY": 64, "WORDS": 128, "BR": 64, "BO": 16}
+    build(kernels._int8_gather_kernel, types, constants, target=target, aligned=ALIGNED)
+    types = {
+        "weight": "*i8", "absmax": "*fp32", "out": "*bf16", "N": "i32", "K": "i32", "first": "i32", "columns": "i32",
+    }  # fmt: skip
+    build(
+        kernels._int8_dequantize_kernel,
+        types,
+        {"STEP": STEP, "BR": 16, "BC": 512},
+        target=target,
+        aligned=ALIGNED,
+    )
+
+
+def test_an_unknown_gpu_gets_tiles_by_rule_for_any_batch_and_shape() -> None:
+    for batch in (1, 3, 5, 16, 17, 100, 300, 5000):
+        for n, k in ((1, 1), (100, 48), (4096, 4096), (50000, 8192)):
+            tile = tile_for(gpu("sm_87"), batch, n, k)
+            assert tile.kind == ("rows" if batch <= 4 and k % 16 == 0 else "pointer")
+
+
+def test_shapes_far_from_all_measured_ones_get_the_rule() -> None:
+    assert tile_for(gpu("sm_90"), 16, 3, 7) == closed_form(gpu("sm_90"), 16, 3, 7)

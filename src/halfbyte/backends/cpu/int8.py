@@ -10,9 +10,14 @@ from torch import Tensor
 from halfbyte.backends.cpu import threads
 from halfbyte.backends.cpu.call import DTYPES, kernel
 from halfbyte.backends.cpu.kernels.int8 import NO_THRESHOLD
+from halfbyte.backends.cpu.sliced import compute_dtype
 from halfbyte.backends.registry import implements
+from halfbyte.formats import int8
 
-__all__ = ["int8_linear", "int8_linear_matmul", "int8_scaled_mm", "int8_vectorwise_quant"]
+__all__ = ["int8_linear", "int8_linear_dgrad", "int8_linear_matmul", "int8_scaled_mm", "int8_vectorwise_quant"]
+
+SLICE_VALUES = 1 << 20
+"""Weight values that a gradient dequantizes at a time."""
 
 PIECE_BYTES = 128 << 10
 """Weight of one piece of work when there are many activations: stays in the cache while they pass."""
@@ -112,6 +117,12 @@ def _empty(*tensors: Tensor) -> str | None:
     return "an empty tensor" if any(tensor.numel() == 0 for tensor in tensors) else None
 
 
+def _unfit(A: Tensor, B: Tensor) -> str | None:
+    if A.shape[-1] > int8.EXACT_INT32_TERMS:
+        return f"rows of more than {int8.EXACT_INT32_TERMS} codes, whose sums int32 cannot hold"
+    return _empty(A, B)
+
+
 def _declines_quant(A: Tensor, threshold: float = 0.0) -> str | None:
     return "outlier columns of a whole matrix" if threshold else _empty(A)
 
@@ -145,7 +156,7 @@ def int8_linear_matmul_out(A: Tensor, B: Tensor, *, out: Tensor) -> None:
 
 
 def _declines_scaled(A: Tensor, B: Tensor, *_rest: object, **_named: object) -> str | None:
-    return _empty(A, B)
+    return _unfit(A, B)
 
 
 @implements("cpu", "int8_scaled_mm", declines=_declines_scaled)
@@ -175,7 +186,7 @@ def _declines_linear(
 ) -> str | None:
     if weight is not None and weight.dtype not in DTYPES:
         return f"an unquantized weight of {weight.dtype}"
-    return _empty(A, CB)
+    return _unfit(A, CB)
 
 
 @implements("cpu", "int8_linear", declines=_declines_linear)
@@ -194,3 +205,19 @@ def int8_linear(
     out = torch.empty((*A.shape[:-1], CB.shape[0]), dtype=A.dtype)
     _product(rows, CB, SCB, bias, weight, out.view(-1, CB.shape[0]))
     return out
+
+
+@implements("cpu", "int8_linear_dgrad", declines=lambda grad, CB, SCB: _empty(grad, CB))
+def int8_linear_dgrad(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
+    """``grad @ weight``, a slice of the weight's columns at a time: never more than a few MB of it dequantized."""
+    count, columns = CB.shape
+    # Where the CPU has no products of bf16, fp32 is many times faster, and rounds once.
+    dtype = compute_dtype(grad.dtype)
+    rows = grad.reshape(-1, count).to(dtype)
+    out = torch.empty((rows.shape[0], columns), dtype=grad.dtype)
+    scales = (SCB * int8.STEP).view(-1, 1)
+    width = max(1, min(columns, SLICE_VALUES // count))
+    for start in range(0, columns, width):
+        weight = CB[:, start : start + width] * scales
+        out[:, start : start + width] = torch.mm(rows, weight.to(dtype))
+    return out.view(*grad.shape[:-1], columns)

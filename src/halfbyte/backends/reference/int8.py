@@ -95,6 +95,16 @@ def int8_linear_matmul_out(A: Tensor, B: Tensor, *, out: Tensor) -> None:
     out.copy_(int8_linear_matmul(A, B))
 
 
+def _scaled_product(A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor) -> Tensor:
+    """fp32 ``A @ B.T`` scaled; more columns than int32 sums are sure to hold are taken in parts."""
+    rows, most = _rows(A), int8.EXACT_INT32_TERMS
+    out = _scale(int8_linear_matmul(rows[:, :most], B[:, :most]), row_stats, col_stats)
+    for start in range(most, rows.shape[1], most):
+        part = slice(start, start + most)
+        out += _scale(int8_linear_matmul(rows[:, part], B[:, part]), row_stats, col_stats)
+    return out
+
+
 def _scale(sums: Tensor, row_stats: Tensor, col_stats: Tensor) -> Tensor:
     """fp32 products from their int32 sums of codes, two-dimensional."""
     return _rows(sums).float() * (row_stats.view(-1, 1) * int8.STEP_SQUARED) * col_stats.view(1, -1)
@@ -121,7 +131,10 @@ def int8_scaled_mm(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Product of two quantized matrices, ``A @ B.T + bias``, in ``dtype`` (None: fp16)."""
-    return int8_mm_dequant(int8_linear_matmul(A, B), row_stats, col_stats, dtype, bias)
+    out = _scaled_product(A, B, row_stats, col_stats)
+    if bias is not None:
+        out += bias
+    return out.to(dtype or torch.float16).view(*A.shape[:-1], B.shape[0])
 
 
 @implements("reference", "int8_mixed_scaled_mm")
@@ -135,7 +148,7 @@ def int8_mixed_scaled_mm(
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Product of the codes plus that of A's outlier columns with the dequantized weight, and those columns of A."""
-    out = _scale(int8_linear_matmul(CA, CB), SCA, SCB)
+    out = _scaled_product(CA, CB, SCA, SCB)
     if bias is not None:
         out += bias
     columns = None
@@ -161,7 +174,7 @@ def int8_linear(
     """
     values, outliers = _split(A, threshold)
     codes, absmax = quantize_rows(values)
-    out = _scale(int8_linear_matmul(codes, CB), absmax, SCB)
+    out = _scaled_product(codes, CB, absmax, SCB)
     if outliers is not None:
         columns = outliers.any(dim=0).nonzero().view(-1)
         apart = _rows(A)[:, columns].float().masked_fill(~outliers[:, columns], 0.0)

@@ -1,149 +1,48 @@
-"""Launchers of LLM.int8(): no step waits for the GPU, so the whole can be captured in a CUDA graph."""
+"""LLM.int8() on GPUs: no step waits for the GPU, so the whole can be captured in a CUDA graph."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from halfbyte.backends.registry import implements
-from halfbyte.backends.triton.kernels.int8 import _int8_columns_kernel, _int8_product_kernel, _int8_rows_kernel
+from halfbyte.backends.triton.device import gpu_of
+from halfbyte.backends.triton.int8_plan import Plan, product, quantize
+from halfbyte.backends.triton.int8_tuning import tile_for
+from halfbyte.backends.triton.kernels.int8 import _int8_dequantize_kernel
 from halfbyte.backends.triton.launch import on_device, start
+from halfbyte.backends.triton.slices import slice_rows
 from halfbyte.formats import int8
 
-__all__ = ["Tile", "int8_linear", "int8_linear_matmul", "int8_scaled_mm", "int8_vectorwise_quant", "tile_for"]
+__all__ = ["int8_linear", "int8_linear_dgrad", "int8_linear_matmul", "int8_scaled_mm", "int8_vectorwise_quant"]
 
-OLDEST = (8, 0)
-"""The oldest NVIDIA compute capability on which Triton multiplies int8 on tensor cores."""
-
-COMPACT = 1024
-"""Columns that the one program which lists outliers looks at in one step."""
+OLDEST = 80
+"""The oldest NVIDIA compute capability, times ten, on which Triton multiplies int8 on tensor cores."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """Edges of a product's tile, rows of tiles that share weights, warps and pipeline stages."""
-
-    m: int
-    n: int
-    k: int
-    group: int
-    warps: int
-    stages: int
-
-
-@dataclass(frozen=True)
-class _Outliers:
-    x: Tensor
-    columns: Tensor
-    count: Tensor
-    threshold: float
-    full: Tensor | None
-
-
-def tile_for(batch: int, fp32: bool = False) -> Tile:
-    """The tile for that many rows. Untuned.
-
-    >>> tile_for(1).m, tile_for(4096).m
-    (16, 128)
-    """
-    if batch <= 16:
-        return Tile(16, 64, 256, 1, 4, 3)
-    if batch <= 64 or fp32:
-        return Tile(64, 64, 128, 4, 4, 3)
-    if batch <= 512:
-        return Tile(64, 128, 128, 8, 4, 4)
-    return Tile(128, 128, 128, 8, 8, 3)
+@functools.lru_cache(maxsize=64)
+def _too_old(index: int) -> bool:
+    arch = gpu_of(index).arch
+    return arch.startswith("sm_") and int(arch[3:]) < OLDEST
 
 
 def _unfit(A: Tensor, *others: Tensor) -> str | None:
-    if any(tensor.numel() == 0 for tensor in (A, *others)):
+    if A.numel() == 0 or any(tensor.numel() == 0 for tensor in others):
         return "an empty tensor"
-    if torch.version.hip is None and torch.cuda.get_device_capability(A.device) < OLDEST:
+    if A.shape[-1] > int8.EXACT_INT32_TERMS:
+        return f"rows of more than {int8.EXACT_INT32_TERMS} codes, whose sums int32 cannot hold"
+    if _too_old(A.device.index):
         return "int8 tensor cores before compute capability 8.0"
     return None
 
 
 def _matrix(A: Tensor) -> Tensor:
     """``A`` as a matrix whose rows are contiguous."""
-    rows = A.detach().reshape(A.shape[:-1].numel(), A.shape[-1])
+    rows = A if A.dim() == 2 else A.reshape(A.shape[:-1].numel(), A.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _quantize(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """int8 codes, fp32 absmax, and int32 flags of outlier columns (untouched without a threshold)."""
-    rows, columns = x.shape
-    codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
-    absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
-    flags = torch.zeros(columns if threshold else 1, dtype=torch.int32, device=x.device)
-    block = max(128, min(4096, triton.next_power_of_2(columns)))
-    start(
-        _int8_rows_kernel,
-        (rows,),
-        x,
-        codes,
-        absmax,
-        flags,
-        threshold,
-        columns,
-        x.stride(0),
-        threshold > 0,
-        block,
-        num_warps=8 if block >= 2048 else 4,
-        enable_fp_fusion=False,
-    )
-    return codes, absmax, flags
-
-
-def _product(
-    codes: Tensor,
-    CB: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
-    row_absmax: Tensor | None,
-    column_absmax: Tensor | None,
-    outliers: _Outliers | None = None,
-) -> None:
-    """Fill contiguous ``out``, ``(M, N)``."""
-    weight = CB.detach().contiguous()
-    (rows, columns), count = codes.shape, weight.shape[0]
-    tile = tile_for(rows, outliers is not None and outliers.x.dtype == torch.float32)
-    grid = (triton.cdiv(rows, tile.m) * triton.cdiv(count, tile.n),)
-    full = None if outliers is None else outliers.full
-    start(
-        _int8_product_kernel,
-        grid,
-        codes,
-        weight,
-        out,
-        None if bias is None else bias.detach().contiguous(),
-        row_absmax,
-        column_absmax,
-        None if outliers is None else outliers.x,
-        full,
-        None if outliers is None else outliers.columns,
-        None if outliers is None else outliers.count,
-        0.0 if outliers is None else outliers.threshold,
-        rows,
-        count,
-        columns,
-        columns if outliers is None else outliers.x.stride(0),
-        int8.STEP,
-        int8.STEP_SQUARED,
-        tile.m,
-        tile.n,
-        tile.k,
-        16,
-        tile.group,
-        out.dtype == torch.int32,
-        outliers is not None,
-        full is not None,
-        bias is not None,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
 
 
 def _declines_quant(A: Tensor, threshold: float = 0.0) -> str | None:
@@ -154,7 +53,7 @@ def _declines_quant(A: Tensor, threshold: float = 0.0) -> str | None:
 def int8_vectorwise_quant(A: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, None]:
     """Codes of A's shape and fp32 absmax ``(rows,)``."""
     with on_device(A.device.index):
-        codes, absmax, _ = _quantize(_matrix(A), threshold)
+        codes, absmax = quantize(_matrix(A.detach()))
     return codes.view(A.shape), absmax, None
 
 
@@ -163,7 +62,7 @@ def int8_linear_matmul(A: Tensor, B: Tensor) -> Tensor:
     """``A @ B.T`` as exact int32."""
     out = torch.empty((*A.shape[:-1], B.shape[0]), dtype=torch.int32, device=A.device)
     with on_device(A.device.index):
-        _product(_matrix(A).contiguous(), B, out.view(-1, B.shape[0]), None, None, None)
+        product(_matrix(A).contiguous(), B.contiguous(), out.view(-1, B.shape[0]), None, None, None)
     return out
 
 
@@ -183,8 +82,9 @@ def int8_scaled_mm(
     """Product of two quantized matrices, ``A @ B.T + bias``, in ``dtype`` (None: fp16)."""
     out = torch.empty((*A.shape[:-1], B.shape[0]), dtype=dtype or torch.float16, device=A.device)
     scales = row_stats.detach().contiguous(), col_stats.detach().contiguous()
+    bias = None if bias is None else bias.detach().contiguous()
     with on_device(A.device.index):
-        _product(_matrix(A).contiguous(), B, out.view(-1, B.shape[0]), bias, *scales)
+        product(_matrix(A).contiguous(), B.contiguous(), out.view(-1, B.shape[0]), bias, *scales)
     return out
 
 
@@ -201,6 +101,9 @@ def _declines_linear(
     return _unfit(A, CB)
 
 
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
 @implements("triton", "int8_linear", declines=_declines_linear)
 def int8_linear(
     A: Tensor,
@@ -211,15 +114,49 @@ def int8_linear(
     weight: Tensor | None = None,
 ) -> Tensor:
     """LLM.int8() of every row by itself, without a step that waits for the GPU."""
-    x = _matrix(A)
-    out = torch.empty((*A.shape[:-1], CB.shape[0]), dtype=A.dtype, device=A.device)
-    with on_device(A.device.index):
-        codes, absmax, flags = _quantize(x, threshold)
-        outliers = None
-        if threshold:
-            columns, count = torch.empty_like(flags), torch.empty(1, dtype=torch.int32, device=A.device)
-            start(_int8_columns_kernel, (1,), flags, columns, count, x.shape[1], COMPACT, num_warps=4)
-            full = None if weight is None else weight.detach().contiguous()
-            outliers = _Outliers(x, columns, count, threshold, full)
-        _product(codes, CB, out.view(-1, CB.shape[0]), bias, absmax, SCB.detach().contiguous(), outliers)
+    n, k = CB.shape
+    rows = A.numel() // k
+    index = A.device.index
+    out = torch.empty((*A.shape[:-1], n), dtype=A.dtype, device=A.device)
+    # One row may have any shape and stride: it is its own matrix.
+    x = A if rows == 1 and A.stride(-1) == 1 else _matrix(A)
+    x_stride = k if rows == 1 else x.stride(0)
+    full = weight if threshold else None
+    key = (rows, n, k, x_stride, A.dtype, index, threshold > 0, full is None, None if bias is None else bias.dtype)
+    plan = _plans.get(key)
+    if plan is None:
+        tile = tile_for(gpu_of(index), rows, n, k)
+        plan = _plans[key] = Plan(
+            rows, n, k, x_stride, A.dtype, tile, index,
+            split=threshold > 0, full=full is not None, bias=bias is not None,
+        )  # fmt: skip
+    CB = CB if CB.is_contiguous() else CB.contiguous()
+    SCB = SCB if SCB.is_contiguous() else SCB.contiguous()
+    bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+    full = full if full is None or full.is_contiguous() else full.contiguous()
+    with on_device(index):
+        plan.run(x, CB, SCB, threshold, bias, full, out)
     return out
+
+
+def _declines_dgrad(grad: Tensor, CB: Tensor, SCB: Tensor) -> str | None:
+    return "an empty tensor" if grad.numel() == 0 or CB.numel() == 0 else None
+
+
+@implements("triton", "int8_linear_dgrad", declines=_declines_dgrad)
+def int8_linear_dgrad(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
+    """``grad @ weight``: slices of the weight's columns, dequantized into memory that every slice uses again."""
+    n, k = CB.shape
+    rows = _matrix(grad)
+    weight, scales = CB.contiguous(), SCB.contiguous()
+    out = torch.empty((rows.shape[0], k), dtype=grad.dtype, device=grad.device)
+    count = slice_rows(k, n * grad.element_size(), 8) if k % 8 == 0 else k
+    workspace = torch.empty(n * count, dtype=grad.dtype, device=grad.device)
+    with on_device(grad.device.index):
+        for first in range(0, k, count):
+            columns = min(k - first, count)
+            part = workspace[: n * columns].view(n, columns)
+            grid = (-(-n // 16), -(-columns // 512))
+            start(_int8_dequantize_kernel, grid, weight, scales, part, n, k, first, columns, int8.STEP, 16, 512)
+            torch.mm(rows, part, out=out[:, first : first + columns])
+    return out.view(*grad.shape[:-1], k)

@@ -99,6 +99,7 @@ _ELSEWHERE: dict[str, dict[str, str]] = {
         "QuantState": "halfbyte.functional",
         "T": f"{_OWN}.helpers:ModuleType",
         "has_avx512bf16": f"{_OWN}.legacy",
+        "maybe_rearrange_weight": "halfbyte.nn.weight_formats",
         **dict.fromkeys(_SWITCHBACK, f"{_OWN}.research"),
     },
     "optim.optimizer": {"sync_gpu": f"{_OWN}.helpers"},

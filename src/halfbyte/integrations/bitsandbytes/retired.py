@@ -109,7 +109,6 @@ RETIRED: dict[str, Retired] = {
     ),
     **_group("autograd._functions", "0.50", "class", MatMul8bit="matmul(A, B), the function of MatMul8bitLt"),
     **_group("optim.adam", "0.46", "class", AnalysisAdam="optim.Adam8bit; it measured its own quantization errors"),
-    **_group("nn.modules", "", maybe_rearrange_weight="nothing: Linear8bitLt.load_state_dict reads the old layouts"),
     **_group(
         "cextension",
         "",

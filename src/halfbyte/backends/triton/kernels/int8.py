@@ -1,14 +1,24 @@
-"""LLM.int8() in plain Triton: rows to codes, scales and outlier columns; int8 tensor-core product with outliers inside.
+"""LLM.int8() in plain Triton: rows of activations to codes, scales and outlier columns; outlier columns side by side.
 
-The list of outlier columns and its length stay on the device: the product reads the length and loops that often, so no
-host has to wait for it and a CUDA graph can hold it all. Codes up to 127 are exact in bf16 and fp16: outliers are
-multiplied with them on tensor cores and scaled afterwards, in fp32.
+Which columns hold outliers stays on the device, as one bit a column: products count bits instead of asking the host,
+so that nothing waits for the GPU and a CUDA graph can hold it all.
 """
 
 import triton
 import triton.language as tl
 
-__all__ = ["_int8_columns_kernel", "_int8_product_kernel", "_int8_rows_kernel"]
+__all__ = [
+    "_bits",
+    "_code",
+    "_count",
+    "_int8_dequantize_kernel",
+    "_int8_gather_kernel",
+    "_int8_rows_kernel",
+    "_is_outlier",
+    "_nth_columns",
+    "_or",
+    "_scale",
+]
 
 _TINY = tl.constexpr(2.0**-100)
 _BOOST = tl.constexpr(2.0**100)
@@ -23,112 +33,148 @@ def _is_outlier(value, threshold):
 
 
 @triton.jit
-def _int8_rows_kernel(
-    x, codes, absmax, flags, threshold, K, x_stride,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Codes and absmax of one row of ``x``; ``flags[k]`` becomes 1 where column ``k`` holds an outlier.
+def _scale(top):
+    """Boost and factor that turn values of absmax ``top`` into codes, as the reference rounds them."""
+    boost = tl.where(top < _TINY, _BOOST, 1.0)
+    return boost, tl.where(top == 0, 0.0, tl.div_rn(1.0, top * boost) * 127.0)
 
-    Needs ``enable_fp_fusion=False``: adding ``_ROUND`` rounds the product before it only if that stays a product.
+
+@triton.jit
+def _code(value, boost, scale):
+    """int32 codes; NaN gives 0. Needs ``enable_fp_fusion=False``: the product is rounded before ``_ROUND`` is added."""
+    scaled = value * boost * scale
+    whole = (scaled + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+    return tl.where(scaled == scaled, whole, 0)
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit
+def _bits(flags, COUNT: tl.constexpr):
+    """``COUNT`` flags as one bit each of ``COUNT // 32`` words, the first in the lowest bit."""
+    place = tl.arange(0, 32)[None, :]
+    return tl.sum(tl.reshape(flags.to(tl.int32), (COUNT // 32, 32)) << place, axis=1)
+
+
+@triton.jit
+def _count(words):
+    """Set bits of each word."""
+    x = words.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _nth_columns(words, upto, start, WORDS: tl.constexpr, COUNT: tl.constexpr):
+    """Columns of set bits number ``start`` to ``start + COUNT``; ``upto`` counts them up to each word's end.
+
+    By comparing and summing alone: registers cannot be written at a computed place. Past the last: any number.
+    """
+    number = start + tl.arange(0, COUNT)
+    word = tl.sum((upto[None, :] <= number[:, None]).to(tl.int32), axis=1)
+    here = tl.arange(0, WORDS)[None, :] == word[:, None]
+    bits = tl.sum(tl.where(here, words[None, :], 0), axis=1)
+    before = tl.sum(tl.where(here, (upto - _count(words))[None, :], 0), axis=1)
+    bit = (bits[:, None] >> tl.arange(0, 32)[None, :]) & 1
+    place = tl.sum((tl.cumsum(bit, axis=1) <= (number - before)[:, None]).to(tl.int32), axis=1)
+    return word * 32 + place
+
+
+@triton.jit
+def _int8_rows_kernel(
+    x, codes, absmax, words, threshold, K, x_stride,
+    SPLIT: tl.constexpr, SHARED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Codes and absmax of one row of ``x``, and with SPLIT a bit for each column where it holds an outlier.
+
+    SHARED: all rows set bits in the same words, which are zero before; else every row writes words of its own.
     """
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     codes += row * K
     column = tl.arange(0, BLOCK)
+    word = tl.arange(0, BLOCK // 32)
     largest = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, K, BLOCK):
-        inside = start + column < K
-        value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + start + column, mask=start + column < K, other=0.0).to(tl.float32)
         # As integers, the bits of non-negative floats order like the floats, with NaN above inf: NaN wins.
         bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         if SPLIT:
             outlier = _is_outlier(value, threshold)
             bits = tl.where(outlier, 0, bits)
-            tl.store(flags + start + column, 1, mask=outlier & inside)
+            found = _bits(outlier, BLOCK)
+            number = start // 32 + word
+            if SHARED:
+                tl.atomic_or(words + number, found, mask=found != 0, sem="relaxed")
+            else:
+                tl.store(words + row * tl.cdiv(K, 32) + number, found, mask=number * 32 < K)
         largest = tl.maximum(largest, bits)
     top = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
     tl.store(absmax + row, top)
-    boost = tl.where(top < _TINY, _BOOST, 1.0)
-    scale = tl.where(top == 0, 0.0, tl.div_rn(1.0, top * boost) * 127.0)
+    boost, scale = _scale(top)
     for start in range(0, K, BLOCK):
         inside = start + column < K
         value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
-        scaled = value * boost * scale
-        whole = (scaled + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
-        whole = tl.where(scaled == scaled, whole, 0)
+        whole = _code(value, boost, scale)
         if SPLIT:
             whole = tl.where(_is_outlier(value, threshold), 0, whole)
         tl.store(codes + start + column, whole.to(tl.int8), mask=inside)
 
 
 @triton.jit
-def _int8_columns_kernel(flags, columns, count, K, BLOCK: tl.constexpr):
-    """The flagged columns in rising order, and how many they are. One program."""
-    found = 0
-    for start in range(0, K, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        flag = tl.load(flags + column, mask=column < K, other=0)
-        place = found + tl.cumsum(flag, axis=0) - flag
-        tl.store(columns + place, column, mask=flag != 0)
-        found += tl.sum(flag, axis=0)
-    tl.store(count, found)
+def _gather(
+    bits, upto, total, source, rows, first, threshold, R, stride,
+    CAPACITY: tl.constexpr, WORDS: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr, CLIP: tl.constexpr,
+):  # fmt: skip
+    row = first.to(tl.int64) * BR + tl.arange(0, BR)
+    for start in range(0, tl.minimum(total, CAPACITY), BO):
+        number = start + tl.arange(0, BO)
+        column = _nth_columns(bits, upto, start, WORDS, BO)
+        inside = (row < R)[:, None] & (number < total)[None, :]
+        value = tl.load(source + row[:, None] * stride + column[None, :], mask=inside, other=0)
+        if CLIP:
+            value = tl.where(_is_outlier(value.to(tl.float32), threshold), value, 0.0)
+        place = rows + row[:, None] * CAPACITY + number[None, :]
+        tl.store(place, value.to(rows.dtype.element_ty), mask=(row < R)[:, None])
 
 
 @triton.jit
-def _int8_product_kernel(
-    codes, weight, out, bias, row_absmax, column_absmax, x, full, columns, count, threshold, M, N, K, x_stride,
-    STEP: tl.constexpr, STEP_SQUARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BO: tl.constexpr, GROUP: tl.constexpr, RAW: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
-    BIAS: tl.constexpr,
+def _int8_gather_kernel(
+    words, x, weight, apart_x, apart_weight, count, threshold, M, N, K, x_stride,
+    CAPACITY: tl.constexpr, WORDS: tl.constexpr, BR: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ``codes @ weight.T``, scaled, plus outliers and bias. RAW stores the sums as they are.
+    """Copy the first CAPACITY outlier columns of ``x`` and of ``weight`` side by side, to ``(M or N, CAPACITY)``.
 
-    SPLIT adds ``x[:, columns]`` times the weight (FULL: the unquantized one); ``x`` below the threshold counts as 0.
+    What is below the threshold in ``x`` becomes 0. ``count`` becomes the number of outlier columns.
     """
-    # Tiles of GROUP rows of tiles follow each other down the rows, so that they share weights in the cache.
-    pid = tl.program_id(0)
-    tiles_n = tl.cdiv(N, BN)
-    wide = GROUP * tiles_n
-    first = (pid // wide) * GROUP
-    height = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
-    m = (first + (pid % wide) % height) * BM + tl.arange(0, BM)
-    n = ((pid % wide) // height) * BN + tl.arange(0, BN)
-    inside_m = (m < M)[:, None]
-    inside_n = (n < N)[None, :]
-    rows = m.to(tl.int64)[:, None]
-    weights = n.to(tl.int64)[None, :] * K
-    column = tl.arange(0, BK)
-    sums = tl.zeros((BM, BN), tl.int32)
-    for start in range(0, K, BK):
-        k = start + column
-        a = tl.load(codes + rows * K + k[None, :], mask=inside_m & (k < K)[None, :], other=0)
-        b = tl.load(weight + weights + k[:, None], mask=inside_n & (k < K)[:, None], other=0)
-        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
-    place = out + rows * N + n[None, :]
-    if RAW:
-        tl.store(place, sums, mask=inside_m & inside_n)
+    word = tl.arange(0, WORDS)
+    bits = tl.load(words + word, mask=word * 32 < K, other=0)
+    upto = tl.cumsum(_count(bits), axis=0)
+    total = tl.sum(_count(bits), axis=0)
+    tl.store(count, total)
+    first = tl.program_id(0)
+    blocks = tl.cdiv(M, BR)
+    if first < blocks:
+        _gather(bits, upto, total, x, apart_x, first, threshold, M, x_stride, CAPACITY, WORDS, BR, BO, True)
     else:
-        scale = tl.load(column_absmax + n, mask=n < N, other=0.0)
-        row_scale = tl.load(row_absmax + m, mask=m < M, other=0.0) * STEP_SQUARED
-        result = sums.to(tl.float32) * row_scale[:, None] * scale[None, :]
-        if SPLIT:
-            apart = tl.zeros((BM, BN), tl.float32)
-            total = tl.load(count)
-            for start in range(0, total, BO):
-                number = start + tl.arange(0, BO)
-                k = tl.load(columns + number, mask=number < total, other=0).to(tl.int64)
-                a = tl.load(x + rows * x_stride + k[None, :], mask=inside_m & (number < total)[None, :], other=0.0)
-                a = tl.where(_is_outlier(a.to(tl.float32), threshold), a, 0.0).to(x.dtype.element_ty)
-                inside = inside_n & (number < total)[:, None]
-                if FULL:
-                    b = tl.load(full + weights + k[:, None], mask=inside, other=0.0)
-                else:
-                    b = tl.load(weight + weights + k[:, None], mask=inside, other=0).to(x.dtype.element_ty)
-                apart = tl.dot(a, b, apart, input_precision="ieee")
-            if FULL:
-                result += apart
-            else:
-                result += apart * (scale * STEP)[None, :]
-        if BIAS:
-            result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        tl.store(place, result.to(out.dtype.element_ty), mask=inside_m & inside_n)
+        first -= blocks
+        _gather(bits, upto, total, weight, apart_weight, first, threshold, N, K, CAPACITY, WORDS, BR, BO, False)
+
+
+@triton.jit
+def _int8_dequantize_kernel(
+    weight, absmax, out, N, K, first, columns, STEP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr
+):
+    """``out[n, c] = weight[n, first + c] * absmax[n] / 127`` for ``columns`` columns, rounded once."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    column = tl.program_id(1) * BC + tl.arange(0, BC)
+    inside = (row < N)[:, None] & (column < columns)[None, :]
+    codes = tl.load(weight + row[:, None] * K + first + column[None, :], mask=inside, other=0)
+    scale = tl.load(absmax + row, mask=row < N, other=0.0) * STEP
+    value = codes.to(tl.float32) * scale[:, None]
+    tl.store(out + row[:, None] * columns + column[None, :], value.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,119 @@
+"""Which tile an int8 product runs with: measured entries per architecture from ``tuning/int8_*.json``, else a rule."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from halfbyte.backends.triton.device import Gpu
+from halfbyte.errors import ArgumentError
+
+__all__ = ["BATCHES", "ROWS_AT_ONCE", "Tile", "closed_form", "read", "tile_for"]
+
+KINDS = ("row", "rows", "pointer", "tma")
+BATCHES = (1, 2, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Batch buckets that tiles are measured for; larger batches take the last one's."""
+
+ROWS_AT_ONCE = 4
+"""Activation rows that the kernel without tensor cores takes."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One configuration of the int8 products.
+
+    Attributes:
+        kind: ``"rows"``: up to 4 activation rows, quantized in every program, without tensor cores; ``"pointer"``:
+            tensor cores; ``"tma"``: tensor cores, operands brought by the copy engine (Hopper and later).
+        m: Rows of the output in a tile.
+        n: Columns of the output in a tile.
+        k: Codes of a row in one step.
+        group: Rows of tiles that share weights in the cache.
+        warps: Warps of a program.
+        stages: Steps in shared memory or on their way there.
+        persistent: One program a multiprocessor, which takes tile after tile.
+    """
+
+    kind: str
+    m: int
+    n: int
+    k: int
+    group: int = 8
+    warps: int = 4
+    stages: int = 3
+    persistent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ArgumentError(f"a tile's kind is {self.kind!r}", expected=f"one of {', '.join(KINDS)}")
+        for name in ("m", "n", "k", "warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ArgumentError(f"a tile's {name} is {value}", expected="a power of two")
+        if self.kind == "rows" and self.m > ROWS_AT_ONCE:
+            raise ArgumentError(f"a tile of {self.m} rows at once", expected=f"at most {ROWS_AT_ONCE}")
+        if self.kind in {"pointer", "tma"} and (self.m < 16 or self.n < 16 or self.k < 32):
+            raise ArgumentError(f"{self}", expected="at least 16 x 16 x 32 for tensor cores")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A measured choice: the best tile for a batch bucket at one shape."""
+
+    batch: int
+    n: int
+    k: int
+    tile: Tile
+
+
+@functools.lru_cache(maxsize=16)
+def read(arch: str) -> tuple[Entry, ...]:
+    """The measured entries of an architecture; none where nothing was measured."""
+    file = resources.files("halfbyte.backends.triton") / "tuning" / f"int8_{arch}.json"
+    if not file.is_file():
+        return ()
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return tuple(
+        Entry(int(item["batch"]), int(item["n"]), int(item["k"]), Tile(**item["tile"])) for item in document["tiles"]
+    )
+
+
+def _distance(n: int, k: int, entry: Entry) -> float:
+    return abs(math.log2(n / entry.n)) + abs(math.log2(k / entry.k))
+
+
+@functools.lru_cache(maxsize=4096)
+def tile_for(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
+    """The tile for that many rows: the nearest measured shape's, if within a factor of two, or the closed form."""
+    entries = read(gpu.arch)
+    sizes = sorted({entry.batch for entry in entries})
+    bucket = next((size for size in sizes if size >= batch), sizes[-1] if sizes else 0)
+    near = [entry for entry in entries if entry.batch == bucket]
+    if near:
+        best = min(near, key=lambda entry: _distance(n, k, entry))
+        if _distance(n, k, best) <= 1.0 and (best.tile.kind == "pointer" or k % 16 == 0):
+            return best.tile
+    return closed_form(gpu, batch, n, k)
+
+
+def closed_form(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
+    """A tile for any shape on any GPU: enough programs for every multiprocessor, within 99 KiB of shared memory.
+
+    >>> closed_form(Gpu("sm_89", 128, 72 << 20, gluon=True), 1, 4096, 4096).kind
+    'rows'
+    """
+    if batch <= ROWS_AT_ONCE and k % 16 == 0:
+        return Tile("rows", batch if batch < 3 else 4, 16, 2048 if batch == 1 else 1024, 1, 8)
+    if batch <= 16:
+        return Tile("pointer", 16, 32 if n < 128 * gpu.multiprocessors else 64, 256, 1, 4, 4)
+    if batch <= 64:
+        return Tile("pointer", 64, 64, 128, 4, 4, 3)
+    if batch <= 512:
+        return Tile("pointer", 64, 128, 128, 8, 4, 4)
+    if gpu.arch == "sm_90":
+        return Tile("pointer", 128, 256, 128, 8, 8, 4)
+    return Tile("pointer", 128, 128, 128, 8, 8, 3)

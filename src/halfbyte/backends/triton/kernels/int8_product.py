@@ -1,0 +1,164 @@
+"""The int8 product on tensor cores, scaled, with outliers and bias inside; operands by pointer or by the copy engine.
+
+Codes up to 127 are exact in bf16 and fp16: outliers are multiplied with them on tensor cores and scaled in fp32.
+"""
+
+import triton
+import triton.language as tl
+
+from halfbyte.backends.triton.kernels.int8 import _count, _is_outlier, _nth_columns, _or
+
+__all__ = ["_int8_product_kernel", "_int8_product_tma_kernel"]
+
+
+@triton.jit
+def _tile_of(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile numbers; tiles of GROUP rows of tiles follow each other down the rows, to share weights in the cache."""
+    wide = GROUP * tiles_n
+    first = (pid // wide) * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    return first + (pid % wide) % height, (pid % wide) // height
+
+
+@triton.jit
+def _add_outliers(
+    result, m, n, x, weight, full, words, apart_x, apart_weight, count, threshold, M, N, K, x_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, CAPACITY: tl.constexpr, WORDS: tl.constexpr,
+    WORD_ROWS: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """``result`` plus outliers of ``x`` times the weight's codes (FULL: the unquantized weight).
+
+    The first CAPACITY outlier columns lie side by side in ``apart_x`` and ``apart_weight``; the others are looked up
+    in the weight, by the bits in ``words``: one row of them for all, or (no CAPACITY) one for each row of ``x``.
+    """
+    inside_m = (m < M)[:, None]
+    inside_n = (n < N)[None, :]
+    rows = tl.minimum(m, M - 1).to(tl.int64)[:, None]
+    lines = tl.minimum(n, N - 1).to(tl.int64)[None, :]
+    if CAPACITY > 0:
+        found = tl.load(count)
+        for start in range(0, tl.minimum(found, CAPACITY), BO):
+            number = start + tl.arange(0, BO)
+            a = tl.load(apart_x + rows * CAPACITY + number[None, :])
+            b = tl.load(apart_weight + lines * CAPACITY + number[:, None])
+            result = tl.dot(a, b, result, input_precision="ieee")
+        more = found > CAPACITY
+    else:
+        more = True
+    if more:
+        line = tl.arange(0, WORD_ROWS)
+        for block in range(0, tl.cdiv(K, 32), WORDS):
+            word = block + tl.arange(0, WORDS)
+            known = (line < M)[:, None] & (word * 32 < K)[None, :]
+            bits = tl.load(words + line[:, None] * tl.cdiv(K, 32) + word[None, :], mask=known, other=0)
+            bits = tl.reduce(bits, 0, _or)
+            upto = tl.cumsum(_count(bits), axis=0)
+            total = tl.sum(_count(bits), axis=0)
+            for start in range(CAPACITY, total, BO):
+                k = (block * 32 + _nth_columns(bits, upto, start, WORDS, BO)).to(tl.int64)
+                valid = start + tl.arange(0, BO) < total
+                a = tl.load(x + rows * x_stride + k[None, :], mask=inside_m & valid[None, :], other=0.0)
+                a = tl.where(_is_outlier(a.to(tl.float32), threshold), a, 0.0).to(x.dtype.element_ty)
+                inside = inside_n & valid[:, None]
+                if FULL:
+                    b = tl.load(full + lines * K + k[:, None], mask=inside, other=0.0)
+                else:
+                    b = tl.load(weight + lines * K + k[:, None], mask=inside, other=0).to(x.dtype.element_ty)
+                result = tl.dot(a, b, result, input_precision="ieee")
+    return result
+
+
+@triton.jit
+def _finish(
+    sums, m, n, weight, out, bias, row_absmax, column_absmax, x, full, words, apart_x, apart_weight, count, threshold,
+    M, N, K, x_stride,
+    STEP: tl.constexpr, STEP_SQUARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr,
+    CAPACITY: tl.constexpr, WORDS: tl.constexpr, WORD_ROWS: tl.constexpr, RAW: tl.constexpr, SPLIT: tl.constexpr,
+    FULL: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """Scale a tile of integer sums, add outliers and bias, store. RAW stores the sums as they are."""
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    place = out + m.to(tl.int64)[:, None] * N + n[None, :]
+    if RAW:
+        tl.store(place, sums, mask=inside)
+    else:
+        columns = tl.load(column_absmax + n, mask=n < N, other=0.0)
+        top = tl.load(row_absmax + m, mask=m < M, other=0.0)
+        if SPLIT and not FULL:
+            # Outliers times codes lack one factor, the column's: it comes last, for both.
+            result = sums.to(tl.float32) * (top * STEP)[:, None]
+        else:
+            result = sums.to(tl.float32) * (top * STEP_SQUARED)[:, None] * columns[None, :]
+        if SPLIT:
+            result = _add_outliers(
+                result, m, n, x, weight, full, words, apart_x, apart_weight, count, threshold, M, N, K, x_stride,
+                BM, BN, BO, CAPACITY, WORDS, WORD_ROWS, FULL,
+            )  # fmt: skip
+            if not FULL:
+                result *= (columns * STEP)[None, :]
+        if BIAS:
+            result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        tl.store(place, result.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _int8_product_kernel(
+    codes, weight, out, bias, row_absmax, column_absmax, x, full, words, apart_x, apart_weight, count, threshold,
+    M, N, K, x_stride,
+    STEP: tl.constexpr, STEP_SQUARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BO: tl.constexpr, GROUP: tl.constexpr, EVEN: tl.constexpr, CAPACITY: tl.constexpr, WORDS: tl.constexpr,
+    WORD_ROWS: tl.constexpr, RAW: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """One tile of ``codes @ weight.T``, scaled, plus outliers of ``x`` and bias. EVEN: BK divides K."""
+    tile_m, tile_n = _tile_of(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
+    m = tile_m * BM + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    column = tl.arange(0, BK)
+    # Rows past the end repeat the last one; they are not stored.
+    a_place = codes + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K + column[None, :]
+    b_place = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + column[:, None]
+    sums = tl.zeros((BM, BN), tl.int32)
+    for start in range(0, K, BK):
+        if EVEN:
+            a = tl.load(a_place + start)
+            b = tl.load(b_place + start)
+        else:
+            a = tl.load(a_place + start, mask=(start + column < K)[None, :], other=0)
+            b = tl.load(b_place + start, mask=(start + column < K)[:, None], other=0)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+    _finish(
+        sums, m, n, weight, out, bias, row_absmax, column_absmax, x, full, words, apart_x, apart_weight, count,
+        threshold, M, N, K, x_stride,
+        STEP, STEP_SQUARED, BM, BN, BO, CAPACITY, WORDS, WORD_ROWS, RAW, SPLIT, FULL, BIAS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _int8_product_tma_kernel(
+    codes_tiles, weight_tiles, weight, out, bias, row_absmax, column_absmax, x, full, words, apart_x, apart_weight,
+    count, threshold, M, N, K, x_stride,
+    STEP: tl.constexpr, STEP_SQUARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BO: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr, WORDS: tl.constexpr, WORD_ROWS: tl.constexpr,
+    RAW: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """:func:`_int8_product_kernel` with tiles brought by the copy engine. PROGRAMS > 0: that many share all tiles."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    first = tl.program_id(0)
+    if PROGRAMS > 0:
+        last, step = tiles_m * tiles_n, PROGRAMS
+    else:
+        last, step = first + 1, 1
+    for number in range(first, last, step):
+        tile_m, tile_n = _tile_of(number, tiles_m, tiles_n, GROUP)
+        sums = tl.zeros((BM, BN), tl.int32)
+        for start in range(0, K, BK):
+            a = codes_tiles.load([tile_m * BM, start])
+            b = weight_tiles.load([tile_n * BN, start])
+            sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
+        m = tile_m * BM + tl.arange(0, BM)
+        n = tile_n * BN + tl.arange(0, BN)
+        _finish(
+            sums, m, n, weight, out, bias, row_absmax, column_absmax, x, full, words, apart_x, apart_weight, count,
+            threshold, M, N, K, x_stride,
+            STEP, STEP_SQUARED, BM, BN, BO, CAPACITY, WORDS, WORD_ROWS, RAW, SPLIT, FULL, BIAS,
+        )  # fmt: skip
