@@ -64,6 +64,11 @@ class Layer:
         shape = [self.count, self.n, self.k]
         return ops.gemm_4bit_grouped(self.x, packed, shape, self.order, self.ends, absmax, 64, "nf4")
 
+    def backward(self, grad: Tensor, packed: Tensor, absmax: Tensor) -> Tensor:
+        """The gradient to the activation, before the sum over a token's experts."""
+        shape = [self.count, self.n, self.k]
+        return ops.gemm_4bit_grouped(grad, packed, shape, self.order, self.ends, absmax, 64, "nf4", True)
+
     def loop(self, packed: Tensor, absmax: Tensor) -> list[Tensor]:
         """Our own 4-bit product once for each touched expert, over rows gathered before."""
         size, first, out = self.n * self.k, 0, []
@@ -141,6 +146,9 @@ def compile_ahead(worker: int, workers: int) -> None:
             layer = Layer(count, chosen, n, k, job)
             layer.product(packed, absmax)
             layer.loop(packed, absmax)
+            if job >= 256:
+                grads = torch.zeros(layer.order.numel(), n, device="cuda", dtype=torch.bfloat16)
+                layer.backward(grads, packed, absmax)
 
 
 def run_tile(tile: GroupedTile, layer: Layer, packed: Tensor, absmax: Tensor) -> Tensor:
@@ -204,12 +212,20 @@ def products(deadline: float, out: Path) -> None:
                 "bf16_grouped_mm": [partial(grouped_mm, la.gathered, d, offs=la.ends) for la, _, d in pairs],
             }
             times = {key: round(graph_time(value, 5), 2) for key, value in calls.items()}
+            if tokens >= 256:
+                grads = torch.randn(layers[0].order.numel(), n, device="cuda", dtype=torch.bfloat16)
+                back: list[Callable[[], Any]] = [partial(layer.backward, grads, *w) for layer, w, _ in pairs]
+                times["backward"] = round(graph_time(back, 5), 2)
+                dense_back: list[Callable[[], Any]] = [
+                    partial(grouped_mm, grads, d.transpose(1, 2), offs=layer.ends) for layer, _, d in pairs
+                ]
+                times["bf16_backward"] = round(graph_time(dense_back, 5), 2)
             host = eager_time(calls["grouped"][0], 50)
             floor = sum(layer.nbytes for layer in layers) / len(layers) / BANDWIDTH
             row = {
                 "layer": name, "experts": count, "chosen": chosen, "n": n, "k": k, "tokens": tokens,
                 "touched": round(sum(layer.touched for layer in layers) / len(layers), 1), "floor": round(floor, 2),
-                **times, "host": round(host, 1), "error": f"{error:.1e}",
+                **{"backward": "", "bf16_backward": "", **times}, "host": round(host, 1), "error": f"{error:.1e}",
             }  # fmt: skip
             rows.append(row)
             print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)

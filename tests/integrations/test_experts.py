@@ -133,6 +133,25 @@ def test_a_variable_leaves_experts_alone_and_the_receipt_says_so(
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_experts_that_int8_loading_leaves_alone_are_named(mixtral: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        mixtral, quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True), dtype=torch.float32
+    )
+    reasons = {e.reason for e in receipt(model, show=False, warn=False).skipped if "experts" in e.name}
+    assert reasons == {"fused experts, which only transformers' load_in_4bit quantizes"}
+
+
+def test_experts_are_offloaded_by_accelerate_and_computed_where_they_are_needed(mixtral: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = load(mixtral)
+    expected = model(IDS).logits
+    offloaded = accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert offloaded.model.layers[0].mlp.experts.gate_up_proj.device.type == "meta"
+    assert torch.equal(offloaded(IDS).logits, expected)
+
+
 def test_a_damaged_stack_is_reported_by_its_name(mixtral: Path, tmp_path: Path) -> None:
     import transformers
     from safetensors.torch import load_file, save_file
@@ -218,6 +237,9 @@ def test_copies_pickles_and_moves_keep_the_layer(mixtral: Path) -> None:
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.to("cpu"), layer.bfloat16()):
         assert type(twin).__name__ == "MixtralExperts4bit"
         assert torch.equal(twin(x, index, weights), expected)
+    on_meta = copy.deepcopy(layer).to("meta")
+    assert {parameter.device.type for parameter in on_meta.parameters()} == {"meta"}
+    assert layer.gate_up_proj.device.type == "cpu"
 
 
 def test_the_layer_compiles_without_a_graph_break_for_forward_and_backward(mixtral: Path) -> None:

@@ -90,7 +90,10 @@ def test_norms_and_biases_share_a_reason_and_layers_share_a_line() -> None:
 
 def test_embedding_and_unconverted_linear_layers() -> None:
     found = reasons(quantized(llama()))
-    assert found["model.embed_tokens.weight"] == "an embedding table: BitsAndBytesConfig(quantize_embeddings=True) quantizes it"
+    assert (
+        found["model.embed_tokens.weight"]
+        == "an embedding table: BitsAndBytesConfig(quantize_embeddings=True) quantizes it"
+    )
     assert found["lm_head.weight"] == "a linear layer that was not converted"
 
 
@@ -123,7 +126,7 @@ def test_transformers_own_exceptions_are_told_from_the_users() -> None:
     assert reasons(model)["lm_head.weight"].startswith("kept by transformers: an output head")
 
 
-def test_fused_experts_are_named_with_their_dimensions() -> None:
+def test_fused_experts_are_named_with_what_quantizes_them() -> None:
     config = MixtralConfig(
         hidden_size=64,
         intermediate_size=64,
@@ -135,7 +138,7 @@ def test_fused_experts_are_named_with_their_dimensions() -> None:
     )
     found = count(quantized(MixtralForCausalLM(config)))
     experts = next(entry for entry in found.skipped if entry.name.endswith("experts.gate_up_proj"))
-    assert experts.reason == "a 3-D parameter (gate_up_proj of MixtralExperts): neither linear nor experts of a known kind"
+    assert experts.reason == "fused experts, which only transformers' load_in_4bit quantizes"
     assert experts.weights == 2 * 128 * 64
 
 

@@ -51,10 +51,10 @@ def convert_experts(model: torch.nn.Module, config: Any, skipped: list[str] | No
         own = [f"{name}.{p}" for p, value in module.named_parameters(recurse=False) if value.dim() == 3]
         if not all(should_convert_module(each, skipped) for each in (name, *own)):
             continue
-        if reason is None and not _env.get("HALFBYTE_QUANTIZE_EXPERTS"):
-            reason = "experts, which HALFBYTE_QUANTIZE_EXPERTS=0 leaves alone"
         if reason is not None:
-            leave_alone(module, reason)
+            continue
+        if not _env.get("HALFBYTE_QUANTIZE_EXPERTS"):
+            leave_alone(module, "experts, which HALFBYTE_QUANTIZE_EXPERTS=0 leaves alone")
             continue
         layer = Experts4bit.take_over(
             module,

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
+from halfbyte.nn.experts_4bit import why_not_experts
+
 __all__ = ["Reasons", "leave_alone"]
 
 
@@ -58,15 +60,22 @@ class Reasons:
             return "named in llm_int8_skip_modules"
         if _named(owner, self._kept):
             return "kept by transformers: an output head, a tied weight or a module that stays in fp32"
-        if parameter.dim() > 2 and "left_alone" in vars(module):
-            return str(vars(module)["left_alone"])
         if parameter.dim() > 2:
-            return f"a {parameter.dim()}-D parameter ({own} of {kind}): neither linear nor experts of a known kind"
+            return vars(module).get("left_alone") or _many_dimensions(f"{parameter.dim()}-D", own, module)
         if type(module) is torch.nn.Linear:
             return "a linear layer that was not converted"
         if isinstance(module, torch.nn.Linear):
             return f"a {kind}: only plain torch.nn.Linear is converted"
         return f"a parameter of {kind}, which is no linear layer"
+
+
+def _many_dimensions(how_many: str, own: str, module: torch.nn.Module) -> str:
+    if hasattr(module, "four_bit_names"):
+        return "experts that were not quantized when they were saved"
+    reason = why_not_experts(module)
+    if reason is None:
+        return "fused experts, which only transformers' load_in_4bit quantizes"
+    return reason or f"a {how_many} parameter ({own} of {type(module).__name__}): neither linear nor known experts"
 
 
 def _named(module: str, patterns: Iterable[str]) -> bool:
