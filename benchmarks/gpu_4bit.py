@@ -32,6 +32,7 @@ from halfbyte.formats.dynamic import dynamic_map
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192), (5000, 3072), (8192, 28672)]
 BATCHES = [1, 2, 4, 8, 16, 17, 32, 33, 64, 65, 128, 256, 512, 2048]
 NESTED_BATCHES = (1, 8, 64)
+BACKWARD_BATCHES = (128, 512, 2048)
 BANDWIDTH = 3.0e6
 """Bytes per microsecond that a large read reaches on an H100: the floor is the packed bytes and fp32 scales at that."""
 
@@ -100,7 +101,7 @@ def checked(result: Tensor, x: Tensor, weight: Tensor) -> float:
 
 def compile_ahead(worker: int, workers: int) -> None:
     """Compile this worker's share of the kernels into Triton's cache."""
-    jobs = [(n, k, m, nested) for n, k in SHAPES for m in BATCHES for nested in (False, True) if m <= 256]
+    jobs = [(n, k, m, nested) for n, k in SHAPES for m in BATCHES for nested in (False, True)]
     jobs = [job for job in jobs if not job[3] or job[2] in NESTED_BATCHES]
     second = None
     for n, k, m, nested in jobs[worker::workers]:
@@ -113,6 +114,8 @@ def compile_ahead(worker: int, workers: int) -> None:
             rest = (second, torch.zeros(256, device="cuda"), torch.zeros((), device="cuda"))
             absmax = absmax[: -(-absmax.numel() // 256)]
         ops.gemm_4bit(x, packed, [n, k], absmax, 64, "nf4", None, *rest)
+        if m in BACKWARD_BATCHES:
+            ops.gemm_4bit_dgrad(x.new_zeros(m, n), packed, [n, k], absmax, 64, "nf4", *rest)
 
 
 def products(n: int, k: int, deadline: float) -> list[dict[str, Any]]:
@@ -132,7 +135,7 @@ def products(n: int, k: int, deadline: float) -> list[dict[str, Any]]:
         floor = round((n * k / 2 + n * k / 16) / BANDWIDTH, 2)
         row = {"n": n, "k": k, "m": m, "floor": floor, **_point(n, k, x, packed, nested, weights, peer, exact)}
         row["torch_int4"] = _int4(n, k, x, copies) if m <= 64 else ""
-        row |= _backward(n, k, m, packed, weights) if m in (512, 2048) else {"backward": "", "backward_bf16": ""}
+        row |= _backward(n, k, m, packed, weights) if m in BACKWARD_BATCHES else {"backward": "", "backward_bf16": ""}
         rows.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
     return rows
@@ -266,12 +269,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop starting new points after this many")
     parser.add_argument("--compile-only", type=int, default=0, metavar="WORKERS", help="fill Triton's cache and stop")
+    parser.add_argument("--no-compile", action="store_true", help="Triton's cache is full already")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     workers = arguments.compile_only or max(1, min(14, multiprocessing.cpu_count() - 1))
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers) as pool:
-        pool.starmap(compile_ahead, [(i, workers) for i in range(workers)])
+    with contextlib.nullcontext() if arguments.no_compile else context.Pool(workers) as pool:
+        if pool is not None:
+            pool.starmap(compile_ahead, [(i, workers) for i in range(workers)])
     if arguments.compile_only:
         return
     torch.manual_seed(0)

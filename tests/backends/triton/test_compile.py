@@ -138,7 +138,7 @@ def decoded(tile: Tile, dtype: str = "bf16", **changes: Any) -> Any:
     constants = {
         "BN": tile.rows, "BM": tile.batch, "BLOCK": 64, "ACROSS": False, "SPLIT": 1, "NESTED": False, "BIAS": False,
         "NW": tile.n_warps, "PW": 4, "REGISTERS": decoding, "AHEAD": tile.unroll, "STAGED_STORE": True,
-        "STAGES": tile.stages, **changes,
+        "RELAY": tile.relay, "STAGES": tile.stages, **changes,
     }  # fmt: skip
     numbers = ("M", "N", "K", "row_words", "row_blocks", "steps", "per_slice")
     types = {name: kind for name, kind in POINTERS.items() if name != "pairs"}
@@ -177,6 +177,7 @@ def test_the_decoded_kernels_producers_keep_ahead_of_the_tensor_cores(across: bo
         (Tile("decoded", 8, 128, 4, 1, 4, 1, 4, per_sm=2), {"NESTED": True}),
         (Tile("decoded", 64, 128, 4, 1, 4, 1, 4, per_sm=2), {"BIAS": True}),
         (Tile("decoded", 64, 64, 4, 1, 4, 1, 4, per_sm=2), {"BLOCK": 256}),
+        (Tile("decoded", 64, 128, 4, 1, 4, 1, 4, per_sm=2, relay=True), {}),
         (Tile("decoded", 128, 128, 2, 1, 4, 2, 3, per_sm=2), {"SPLIT": 2, "ACROSS": True, "NESTED": True}),
     ],
     ids=str,

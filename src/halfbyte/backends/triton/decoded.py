@@ -42,11 +42,13 @@ def registers(tile: Tile) -> tuple[int | None, int]:
     >>> registers(Tile("decoded", 128, 128, 2, 1, 4, 1, 3, per_sm=2))
     (128, 88)
     """
-    warps = tile.n_warps + PRODUCERS
+    relaying = 4 if tile.relay else 0  # one warp, and three that make up a warpgroup with it
+    warps = tile.n_warps + PRODUCERS + relaying
     each = min(256, 65536 // (tile.per_sm * 32 * warps) // 8 * 8)
     # Accumulators, and what addresses and the write-out take beside them.
     multiplying = -(-(tile.rows * tile.batch // (32 * tile.n_warps) + 40) // 8) * 8
-    decoding = min(152, (each * warps - multiplying * tile.n_warps) // PRODUCERS // 8 * 8)
+    left = each * warps - multiplying * tile.n_warps - 24 * relaying
+    decoding = min(152, left // PRODUCERS // 8 * 8)
     return (each if tile.per_sm > 1 else None), decoding
 
 
@@ -87,7 +89,7 @@ class DecodedPlan:
         maxnreg, decoding = registers(tile)
         constants = (
             tile.rows, tile.batch, blocksize, across, self.split, nested, bias and self.split == 1, tile.n_warps,
-            PRODUCERS, decoding, tile.unroll, True, tile.stages,
+            PRODUCERS, decoding, tile.unroll, True, tile.relay, tile.stages,
         )  # fmt: skip
         options = {} if maxnreg is None else {"maxnreg": maxnreg}
         self._launcher = Launcher(kernel, constants, num_warps=tile.n_warps, enable_fp_fusion=False, **options)

@@ -81,9 +81,13 @@ def _warpgroup_tiles(batch: int) -> Iterator[Tile]:
 def _decoded_tiles(batch: int) -> Iterator[Tile]:
     if decoded_kernel() is None:
         return
-    for (rows, n_warps), stages, per_sm in itertools.product(((128, 4), (128, 8)), (3, 4), (1, 2)):
-        tile = Tile("decoded", min(max(batch, 64), 128), rows, 2, 1, n_warps, 1, stages, per_sm=per_sm)
-        yield from _splits(tile, batch)
+    rows = min(batch, 256)
+    for ahead in (2, 4):
+        if rows >= 128:
+            yield from _splits(Tile("decoded", rows, 128, ahead, 1, 8, 1, 4), batch)
+            yield from _splits(Tile("decoded", 128, 128, ahead, 1, 4, 1, 3, per_sm=2), batch)
+        else:
+            yield from _splits(Tile("decoded", rows, 128, ahead, 1, 4, 1, 4, per_sm=2), batch)
 
 
 def _splits(tile: Tile, batch: int) -> Iterator[Tile]:

@@ -41,6 +41,8 @@ class Tile:
         stages: Iterations in shared memory or on their way there; of the register kernel: iterations loaded ahead.
         table: Decode by the table in shared memory, else by byte permutation.
         per_sm: Programs that share a multiprocessor (decoded tiles).
+        relay: A warp of its own hands decoded stages on (decoded tiles of up to 64 accumulators a thread: the program
+            then has fewer registers a thread to start with).
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Tile:
     stages: int
     table: bool = True
     per_sm: int = 1
+    relay: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "rows", "unroll", "k_warps", "n_warps"):

@@ -144,12 +144,14 @@ def _fetch(
 
 @gluon.jit
 def _produce(
-    w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels, w_ring, x_ring, full, empty,
-    N, K, row_words, row_blocks, first, batch, begin, steps,
+    source, w_ring, x_ring, written, full, empty, place,
     BN: gl.constexpr, BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, NESTED: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr, DT: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings: for every step of 64 terms the activation and the decoded weight."""
+    w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels = source
+    N, K, row_words, row_blocks, first, batch, begin, steps = place
+    DT: gl.constexpr = x_ring.dtype
     w_l: gl.constexpr = _word_layout(BN, WARPS)
     block = gl.arange(0, BN, gl.SliceLayout(1, w_l))
     word = gl.arange(0, 8, gl.SliceLayout(0, w_l))
@@ -197,6 +199,21 @@ def _produce(
             scale = gl.where(row + i * 64 < N, scale, 0.0)
         w_ring.index(stage).store(_decode_block(words, scale, levels, DT))
         _barrier()
+        mbarrier.arrive(written.index(stage), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+
+
+@gluon.jit
+def _relay(written, full, steps, STAGES: gl.constexpr):
+    """Hand decoded stages on to the tensor cores, with the fence that their reading needs."""
+    stage = 0
+    phase = 0
+    for _ in range(steps):
+        mbarrier.wait(written.index(stage), phase)
+        fence_async_shared()
         mbarrier.arrive(full.index(stage), count=1)
         stage += 1
         if stage == STAGES:
@@ -206,11 +223,13 @@ def _produce(
 
 @gluon.jit
 def _consume(
-    w_ring, x_ring, full, empty, bias_ptr, out_ptr, M, rows, width, first, batch, split, steps,
+    w_ring, x_ring, full, empty, result,
     BN: gl.constexpr, BM: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr, BIAS: gl.constexpr,
-    STAGES: gl.constexpr, NW: gl.constexpr, DT: gl.constexpr, STAGED_STORE: gl.constexpr,
+    STAGES: gl.constexpr, NW: gl.constexpr, STAGED_STORE: gl.constexpr, RELAY: gl.constexpr,
 ):  # fmt: skip
     """Multiply what the rings bring; write the tile."""
+    bias_ptr, out_ptr, M, width, first, batch, split, steps = result
+    DT: gl.constexpr = x_ring.dtype
     acc_l: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[NW, 1], instr_shape=[16, BM, 16])
     w_shared: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     acc = gl.zeros((BN, BM), gl.float32, acc_l)
@@ -218,9 +237,8 @@ def _consume(
     phase = 0
     for i in range(steps):
         mbarrier.wait(full.index(stage), phase)
-        # What ordinary stores wrote, the tensor cores read after a fence. Here, because a fence waits for all that its
-        # thread has under way, and the producers have loads under way for the steps to come.
-        fence_async_shared()
+        if not RELAY:
+            fence_async_shared()
         if ACROSS:
             A = _view(w_ring.index(stage), DT, 64, BN, w_shared).permute((1, 0))
         else:
@@ -268,14 +286,17 @@ def _gemm_4bit_decoded_kernel(
     M, N, K, row_words, row_blocks, steps, per_slice,
     BN: gl.constexpr, BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr,
     NESTED: gl.constexpr, BIAS: gl.constexpr, NW: gl.constexpr, PW: gl.constexpr, REGISTERS: gl.constexpr,
-    AHEAD: gl.constexpr, STAGED_STORE: gl.constexpr, STAGES: gl.constexpr,
+    AHEAD: gl.constexpr, STAGED_STORE: gl.constexpr, RELAY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]``, ACROSS: ``out[m, k] = sum_n x[m, n] * weight[n, k]``.
 
     Grid: (tiles of BN, SPLIT, tiles of BM). A step is 64 terms of the sum, ``steps`` of them in all and ``per_slice``
     in
     each of the SPLIT slices. BLOCK weights, a multiple of 64, share a scale, and blocks do not straddle rows. NW warps
-    multiply, PW decode, with REGISTERS each for the latter. With SPLIT > 1 fp32 sums go to ``out_ptr`` [SPLIT, M, ...].
+    multiply, PW decode, with REGISTERS each for the latter. What ordinary stores wrote, the tensor cores read after a
+    fence. It waits for all that its thread has under way, loads for the steps to come as well, so the producers leave
+    it to the consumers or (RELAY) to a warp that does nothing else. With SPLIT > 1 fp32 sums go to ``out_ptr``
+    [SPLIT, M, ...].
     """
     DT: gl.constexpr = x_desc.dtype
     first = gl.program_id(0) * BN
@@ -288,31 +309,60 @@ def _gemm_4bit_decoded_kernel(
     x_ring = gl.allocate_shared_memory(DT, [STAGES, BM, 64], x_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    # A stage is written, then full: the same, unless a warp stands between.
+    written = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) if RELAY else full
     for stage in gl.static_range(STAGES):
+        if RELAY:
+            mbarrier.init(written.index(stage), count=1)
         # The weight's arrival and the announcement of the activation's bytes.
         mbarrier.init(full.index(stage), count=2)
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()
     levels = (l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15)
     width = K if ACROSS else N
-    gl.warp_specialize(
-        [
-            (
-                _consume,
+    result = (bias_ptr, out_ptr, M, width, first, batch, split, mine)
+    source = (w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels)
+    place = (N, K, row_words, row_blocks, first, batch, begin, mine)
+    if RELAY:
+        gl.warp_specialize(
+            [
                 (
-                    w_ring, x_ring, full, empty, bias_ptr, out_ptr, M, N, width, first, batch, split, mine,
-                    BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, DT, STAGED_STORE,
+                    _consume,
+                    (
+                        w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, STAGED_STORE,
+                        RELAY,
+                    ),
                 ),
-            ),
-            (
-                _produce,
                 (
-                    w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels, w_ring, x_ring, full, empty,
-                    N, K, row_words, row_blocks, first, batch, begin, mine,
-                    BN, BM, BLOCK, ACROSS, NESTED, STAGES, AHEAD, PW, DT,
+                    _produce,
+                    (
+                        source, w_ring, x_ring, written, full, empty, place, BN, BM, BLOCK, ACROSS, NESTED, STAGES,
+                        AHEAD, PW,
+                    ),
                 ),
-            ),
-        ],
-        [PW],
-        [REGISTERS],
-    )  # fmt: skip
+                (_relay, (written, full, mine, STAGES)),
+            ],
+            [PW, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, STAGED_STORE,
+                        RELAY,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        source, w_ring, x_ring, written, full, empty, place, BN, BM, BLOCK, ACROSS, NESTED, STAGES,
+                        AHEAD, PW,
+                    ),
+                ),
+            ],
+            [PW],
+            [REGISTERS],
+        )  # fmt: skip
