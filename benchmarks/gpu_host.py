@@ -1,7 +1,8 @@
 """Host time of one eager call of a layer on a GPU: nn.Linear, halfbyte's Linear4bit, bitsandbytes' Linear4bit.
 
-Run: ``python benchmarks/gpu_host.py [--out FOLDER] [--rounds 40]``. All layers are timed in turn, 50 calls each, so that
-a disturbance of the machine falls on all of them; the GPU is idle at the start of each turn and never waited for within.
+Run: ``python benchmarks/gpu_host.py [--out FOLDER] [--rounds 40]``. All layers are timed in turn, 50 calls each, so
+that a disturbance of the machine falls on all of them; the GPU is idle at the start of each turn and never waited for
+within.
 """
 
 from __future__ import annotations

@@ -118,8 +118,8 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def graphed(model: Any, batch: int) -> float:
-    """Tokens per second of one decoding step replayed as a CUDA graph."""
+def graphed(model: Any, batch: int, around: Callable[[], Any] = contextlib.nullcontext) -> float:
+    """Tokens per second of one decoding step, made within ``around()``, replayed as a CUDA graph."""
     from transformers import StaticCache
 
     cache = StaticCache(config=model.config, max_cache_len=ROOM)
@@ -133,13 +133,14 @@ def graphed(model: Any, batch: int) -> float:
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    with around():
+        with torch.cuda.stream(stream):
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            step()
     graph.replay()
     taken = sorted(seconds(graph.replay) for _ in range(30))
     return batch / taken[len(taken) // 2]
@@ -167,8 +168,7 @@ def fused() -> Iterator[None]:
 
 def fused_graph(model: Any, batch: int) -> float:
     """:func:`graphed` with :func:`fused`."""
-    with fused():
-        return graphed(model, batch)
+    return graphed(model, batch, fused)
 
 
 def generated(model: Any, batch: int, new_tokens: int) -> float:

@@ -45,9 +45,11 @@ def test_repeated_calls_give_the_dispatched_product(dtype: torch.dtype, nested: 
     assert layer._repeated is not None
 
 
-def test_one_row_of_a_16_bit_layer_is_repeated_directly() -> None:
-    layer = layer_of()
-    x = torch.randn(1, 256, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_few_rows_of_a_16_bit_layer_are_repeated_directly(nested: bool, rows: int) -> None:
+    layer = layer_of(nested=nested)
+    x = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         layer(x)
         assert layer._repeated is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class MatMul4Bit(torch.autograd.Function):
         ctx.quant_state = quant_state
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(B)
-        result = _product(A, B, quant_state, bias)
+        result = _product(A, B, quant_state, bias, registry.undisturbed(A))
         return result if out is None else out.copy_(result)
 
     @staticmethod
@@ -46,7 +47,9 @@ class MatMul4Bit(torch.autograd.Function):
             if torch.is_grad_enabled() and grad.requires_grad:  # a second derivative is wanted: ops have none
                 grad_A = torch.matmul(grad, dequantize_4bit(B, state).to(grad.dtype))
             else:
-                grad_A = _ops.gemm_4bit_dgrad(grad, B, shape, scales[0], blocksize, kind, *scales[1:])
+                grad_A = _call("gemm_4bit_dgrad", registry.undisturbed(grad))(
+                    grad, B, shape, scales[0], blocksize, kind, *scales[1:]
+                )
         return grad_A, None, None, grad_bias, None
 
 
@@ -93,10 +96,20 @@ def _product(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None,
     scales = kernel_scales(quant_state)
     if bias is not None and bias.dtype != A.dtype:
         bias = bias.to(A.dtype)
-    if direct:
+    return _call("gemm_4bit", direct)(A, B, shape, scales[0], blocksize, kind, bias, *scales[1:])
+
+
+def _call(op: str, direct: bool) -> Callable[..., Tensor]:
+    """The op, or what it calls in the end, for tensors that nothing listens to."""
+    if not direct:
+        return getattr(_ops, op)
+    kernel = registry.kernel(op)
+
+    def call(*args: Any) -> Tensor:
         with _DisableTorchFunctionSubclass():  # the parameter's own __torch_function__ would answer every question
-            return registry.kernel("gemm_4bit")(A, B, shape, scales[0], blocksize, kind, bias, *scales[1:])
-    return _ops.gemm_4bit(A, B, shape, scales[0], blocksize, kind, bias, *scales[1:])
+            return kernel(*args)
+
+    return call
 
 
 def _transposed(A: Tensor, B: Tensor, quant_state: QuantState, bias: Tensor | None) -> Tensor:

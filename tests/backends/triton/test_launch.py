@@ -14,7 +14,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from halfbyte.backends.triton import gemm, launch
-from halfbyte.backends.triton.kernels import gemm_portable
+from halfbyte.backends.triton.kernels import dequantize, gemm_portable
 
 
 @pytest.mark.skipif(
@@ -29,7 +29,11 @@ def test_the_installed_triton_calls_compiled_kernels_as_the_launcher_does() -> N
     ) in source
 
 
-KERNELS = {**gemm.fused_kernels(), "sum": gemm_portable._sum_partial_kernel}
+KERNELS = {
+    **gemm.fused_kernels(),
+    "sum": gemm_portable._sum_partial_kernel,
+    "dequantize": dequantize._dequantize_4bit_kernel,
+}
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -11,7 +11,7 @@ from torch import Tensor
 from halfbyte.backends.registry import implements
 from halfbyte.backends.triton.device import pairs_of
 from halfbyte.backends.triton.kernels.dequantize import _dequantize_4bit_kernel
-from halfbyte.backends.triton.launch import on_device, start
+from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, on_device, raw_stream
 
 __all__ = ["Nested", "dequantize_4bit", "dequantize_into"]
 
@@ -22,6 +22,10 @@ LANES = 128
 TILES = 4
 SPAN = 8 * LANES * TILES
 """Codes of one program."""
+
+MOST_LAUNCHERS = 4096
+_launchers: dict[tuple[object, ...], Launcher] = {}
+"""By all that a compiled kernel is specialised by: every number, every dtype, which addresses are aligned."""
 
 
 def dequantize_into(
@@ -48,29 +52,24 @@ def dequantize_into(
     slice_cols = out.numel() // rows
     row_tiles = -(-slice_cols // SPAN)
     absmax_8bit, absmax_code, absmax_offset = nested
-    with on_device(out.device.index):
-        start(
-            _dequantize_4bit_kernel,
-            (rows * row_tiles,),
-            packed,
-            absmax,
-            absmax_8bit,
-            absmax_code,
-            absmax_offset,
-            levels,
-            out,
-            cols,
-            first,
-            slice_cols,
-            row_tiles,
-            end,
-            blocksize,
-            LANES,
-            TILES,
-            absmax_8bit is not None,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    nothing_to_nest = absmax_8bit is None
+    tensors = (packed, absmax, absmax_8bit, absmax_code, absmax_offset, levels, out)
+    addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    aligned = tuple(address is None or address % ALIGNMENT == 0 for address in addresses)
+    numbers = (cols, first, slice_cols, row_tiles, end)
+    index, grid = out.device.index, (rows * row_tiles, 1, 1)
+    key = (numbers, blocksize, packed.dtype, absmax.dtype, out.dtype, nothing_to_nest, index, aligned)
+    launcher = _launchers.get(key)
+    with on_device(index):
+        if launcher is not None and launcher.compiled():
+            launcher.direct(grid, raw_stream(index), *addresses, *numbers)
+            return
+        constants = (blocksize, LANES, TILES, not nothing_to_nest)
+        launcher = Launcher(_dequantize_4bit_kernel, constants, num_warps=4, enable_fp_fusion=False)
+        launcher.ordinary(grid, *tensors, *numbers)
+    if len(_launchers) >= MOST_LAUNCHERS:
+        _launchers.clear()
+    _launchers[key] = launcher
 
 
 def as_bytes(packed: Tensor) -> Tensor:
