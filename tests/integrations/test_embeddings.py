@@ -143,6 +143,23 @@ def test_a_loaded_model_generates_compiles_and_copies(tied_dir: Path, tokens: to
     torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_an_offloaded_model_computes_the_same(
+    where: str, bits: int, folder: Path, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    import accelerate
+
+    model, cpu = load(folder, config(bits, quantize_embeddings=True)), torch.device("cpu")
+    logits = model(tokens).logits
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device=cpu)
+    assert torch.equal(model(tokens).logits, logits)
+    assert torch.equal(model(tokens).logits, logits)
+
+
 def test_adapters_train_above_a_quantized_table(tied_dir: Path, tokens: torch.Tensor) -> None:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
