@@ -24,6 +24,9 @@ SHAPES = 32
 """Shapes of activations that a layer remembers."""
 
 
+_UNKNOWN: Any = object()
+
+
 class Repeated:
     """Products of one layer with one weight, by the activation's shape.
 
@@ -70,6 +73,10 @@ class Repeated:
             and (state.shape, state.blocksize, state.quant_type, state.nested) == self._format
         )
 
+    def _refused(self, x: Tensor) -> bool:
+        """Whether the backend was asked about such an activation, and offered nothing."""
+        return self._calls.get(x.shape, _UNKNOWN) is None and x.dtype is self._dtype and x.device == self._device
+
     def learn(self, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> None:
         """Ask the backend for what repeats the product with ``x``, which was made by the ordinary way just now."""
         if x.shape in self._calls:
@@ -87,6 +94,8 @@ class Repeated:
     def after(layer: Any, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Repeated | None:
         """What the layer keeps after the ordinary product with ``x``: as much as it had, if that still holds."""
         own: Repeated | None = layer._repeated
+        if own is not None and own._refused(x):
+            return own
         if bias is not layer._parameters["bias"] or not registry.undisturbed(x) or not x.is_contiguous():
             return own
         same = own is not None and own._dtype is x.dtype and own._device == x.device
