@@ -173,7 +173,7 @@ def tiles(deadline: float, out: Path) -> None:
     rows: list[dict[str, Any]] = []
     for name, (count, chosen, n, k) in LAYERS.items():
         stored = weights(count, n, k, 2)
-        for tokens in TOKENS[:5]:
+        for tokens in TOKENS:
             layers = routings(count, chosen, n, k, tokens)
             floor = sum(layer.nbytes for layer in layers) / len(layers) / BANDWIDTH
             here: list[dict[str, Any]] = []
@@ -225,7 +225,7 @@ def products(deadline: float, out: Path) -> None:
             row = {
                 "layer": name, "experts": count, "chosen": chosen, "n": n, "k": k, "tokens": tokens,
                 "touched": round(sum(layer.touched for layer in layers) / len(layers), 1), "floor": round(floor, 2),
-                **{"backward": "", "bf16_backward": "", **times}, "host": round(host, 1), "error": f"{error:.1e}",
+                "backward": "", "bf16_backward": "", **times, "host": round(host, 1), "error": f"{error:.1e}",
             }  # fmt: skip
             rows.append(row)
             print(" ".join(f"{key}={value}" for key, value in row.items()), flush=True)
