@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfbyte.functional import dequantize_4bit
 from halfbyte.nn import Linear4bit
 from tests.support.listening import Listener
 from tests.support.small_llama import TOKENS, adapted_llama, gradients
@@ -103,6 +104,32 @@ def test_repeated_calls_run_on_the_current_stream() -> None:
             found = layer(later)
         side.synchronize()
     torch.testing.assert_close(found, want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_dequantizing_again_gives_the_same_values(nested: bool) -> None:
+    layer = layer_of(nested=nested)
+    state = layer.weight.quant_state
+    first = dequantize_4bit(layer.weight.data, state)
+    on_cpu = dequantize_4bit(layer.weight.data.cpu(), state.copy_to("cpu"))
+    for _ in range(2):
+        again = dequantize_4bit(layer.weight.data, state)
+        torch.testing.assert_close(again, first, rtol=0, atol=0)
+    torch.testing.assert_close(first.cpu(), on_cpu, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_gradients_of_one_step_after_another_are_those_of_the_dequantized_weight(nested: bool) -> None:
+    layer = layer_of(nested=nested, bias=False)
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    for _ in range(3):
+        x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        grad = torch.randn(300, 160, device="cuda", dtype=torch.bfloat16)
+        y = layer(x)
+        y.backward(grad)
+        for got, want in ((y, x.double() @ weight.double().t()), (x.grad, grad.double() @ weight.double())):
+            assert got is not None
+            assert ((got.double() - want).norm() / want.norm()).item() < 5e-3
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
