@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte import backends  # noqa: F401  (binds the ops)
+from halfbyte.backends.cpu import fused, sliced
 from halfbyte.backends.cpu import matmul as cpu
 from halfbyte.backends.cpu.kernels.levels import Level
 from halfbyte.backends.reference import four_bit as reference
@@ -88,8 +89,8 @@ def test_any_shape(batch: int, n: int, k: int, blocksize: int, kind: str, dtype:
 def test_a_weight_of_several_slices_panels_and_pieces(
     level: Level, batch: int, monkeypatch: pytest.MonkeyPatch, use_threads: Callable[[int], None]
 ) -> None:
-    monkeypatch.setattr(cpu, "SLICE_BYTES", 40_000)
-    monkeypatch.setattr(cpu, "PANEL_BYTES", 5_000)
+    monkeypatch.setattr(sliced, "SLICE_BYTES", 40_000)
+    monkeypatch.setattr(fused, "PANEL_BYTES", 5_000)
     for count in (1, 3):
         use_threads(count)
         for dtype in (torch.float32, torch.bfloat16):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.backends.cpu import blockwise, four_bit, host, matmul, tables
+from halfbyte.backends.cpu import blockwise, four_bit, fused, host, matmul, tables
 from halfbyte.backends.reference import blockwise as reference8
 from halfbyte.backends.reference import four_bit as reference
 from halfbyte.formats import codebook_names
@@ -24,7 +24,7 @@ def neon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.E
     """Every kernel call of the test runs on an emulated Arm CPU."""
     machine = emulated.Emulator(tmp_path)
     monkeypatch.setattr(host, "level", lambda: host.level_named("neon"))
-    for module in (four_bit, matmul, blockwise):
+    for module in (four_bit, fused, blockwise):
         monkeypatch.setattr(module, "kernel", machine.kernel)
     for make in ("empty", "zeros"):
         real = getattr(torch, make)

@@ -11,8 +11,8 @@ import torch
 
 from halfbyte.backends.cpu import compiler, host, threads
 from halfbyte.backends.cpu.call import DTYPES, kernel
+from halfbyte.backends.cpu.fused import tiles_in_use
 from halfbyte.backends.cpu.kernels.level import CHUNK
-from halfbyte.backends.cpu.matmul import tiles_in_use
 from halfbyte.formats import DEFAULT_BLOCKSIZE_4BIT
 
 __all__ = ["plan", "warmup"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.backends.cpu import memory, tables
-from halfbyte.backends.cpu.four_bit import Scales, decode
+from halfbyte.backends.cpu.four_bit import decode
+from halfbyte.backends.cpu.scales import Scales
 from halfbyte.backends.registry import implements
 from halfbyte.formats import blocks
 from halfbyte.ops.embedding import check_rows

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from halfbyte.backends.cpu import host, memory, tables
 from halfbyte.backends.cpu.call import DTYPES, kernel
+from halfbyte.backends.cpu.scales import Scales
 from halfbyte.backends.registry import implements
 from halfbyte.formats import blocks
 from halfbyte.formats.codebook import codebook
 
-__all__ = ["Scales", "decode", "dequantize_4bit", "quantize_4bit"]
+__all__ = ["decode", "dequantize_4bit", "quantize_4bit"]
 
 BITS = 4
 PIECE = 1 << 15
@@ -57,28 +58,6 @@ def _quantize_short(tail: Tensor, blocksize: int, quant_type: str, packed: Tenso
     packed[packed.numel() - size :] = codes[:size]
     if tail.numel() % 2:
         packed[-1] = (packed[-1] & 0xF0) | codebook(quant_type).zero_code
-
-
-class Scales:
-    """absmax of a weight as kernels take it: addresses, and the tensors that must outlive the call."""
-
-    __slots__ = ("addresses", "kept", "nested")
-
-    def __init__(
-        self,
-        absmax: Tensor,
-        absmax_8bit: Tensor | None = None,
-        absmax_code: Tensor | None = None,
-        absmax_offset: Tensor | None = None,
-    ) -> None:
-        self.nested = absmax_8bit is not None and absmax_code is not None and absmax_offset is not None
-        if absmax_8bit is None or absmax_code is None or absmax_offset is None:
-            absmax = absmax.contiguous()
-            self.kept: tuple[Tensor, ...] = (absmax,)
-            self.addresses = (absmax.data_ptr(), 0, 0, 0)
-            return
-        self.kept = (absmax.contiguous(), absmax_8bit.contiguous(), absmax_code.contiguous(), absmax_offset.float())
-        self.addresses = tuple(tensor.data_ptr() for tensor in self.kept)
 
 
 def decode(

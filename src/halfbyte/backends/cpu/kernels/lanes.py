@@ -11,12 +11,16 @@ from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, TABLE_COARSE
 __all__ = ["LaneLevel"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LaneLevel(Level):
     """A code in each 32-bit lane."""
 
     def kind(self, dtype: str) -> str:
         return "dot" if dtype == "bf16" and self.dot_bf16 else "exact"
+
+    @property
+    def wide_rows(self) -> bool:
+        return self._permutes
 
     @property
     def _permutes(self) -> bool:

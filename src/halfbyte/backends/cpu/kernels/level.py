@@ -38,7 +38,7 @@ class Vector:
     elements: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Level:
     """One CPU level.
 
@@ -65,6 +65,11 @@ class Level:
     dot_bf16: bool = False
     wide_lookup: bool = False
     matrix: bool = False
+
+    @property
+    def wide_rows(self) -> bool:
+        """Whether it takes 64 bytes of codes at a time, as :meth:`decode_wide` does."""
+        return False
 
     @property
     def register_bytes(self) -> int:
@@ -130,6 +135,14 @@ class Level:
 
     def shuffle_bytes(self, e: Emitter, table: Value, codes: Value) -> Value:
         """``table[code]`` for one register of codes below 16; ``table`` is ``<16 x i8>``."""
+        raise NotImplementedError
+
+    def wide_order(self, pairs: bool) -> tuple[int, ...]:
+        """The order in which :meth:`decode_wide` hands out its 128 elements."""
+        raise NotImplementedError
+
+    def decode_wide(self, e: Emitter, address: Value, table: object, pairs: bool) -> Iterator[Value]:
+        """64 packed bytes as levels: bf16 for pairs, else fp32; with ``wide_rows``."""
         raise NotImplementedError
 
     def pair_table(self, e: Emitter, first: Value, second: Value) -> Value:

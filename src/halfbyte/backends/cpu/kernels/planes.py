@@ -19,7 +19,7 @@ from halfbyte.backends.cpu.kernels.level import (
 __all__ = ["PlaneLevel"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PlaneLevel(Level):
     """Codes as bytes, values as byte planes."""
 

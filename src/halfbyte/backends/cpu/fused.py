@@ -1,0 +1,114 @@
+"""Products with few activations in one pass over the packed weight, on vector registers."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from halfbyte.backends.cpu import host, threads
+from halfbyte.backends.cpu.call import DTYPES, Kernel, kernel
+from halfbyte.backends.cpu.kernels import rows
+from halfbyte.backends.cpu.kernels.level import CHUNK, Level
+from halfbyte.backends.cpu.kernels.product import ROWS
+from halfbyte.backends.cpu.weight import Weight
+
+__all__ = ["ROWS_BATCH", "by_chunks", "by_rows", "takes_rows", "tiles_in_use"]
+
+PANEL_BYTES = 16 << 10
+"""Activations that a tile works on at a time: half of the smallest first-level cache."""
+
+ROWS_BATCH = 3
+"""Up to this many activations, 128 codes are taken at a time where the level can."""
+
+TOGETHER = 4
+"""Rows that are worked on at once then: enough loads in flight, and no more than registers hold."""
+
+
+def takes_rows(batch: int, columns: int) -> bool:
+    """Whether :func:`by_rows` serves."""
+    return batch <= ROWS_BATCH and columns % rows.WIDE == 0 and host.level().wide_rows
+
+
+def by_rows(activations: Tensor, weight: Weight, out: Tensor) -> None:
+    """Very few activations: several rows at a time, 128 codes in one register."""
+    batch, columns = activations.shape
+    level = host.level()
+    dtype = DTYPES[activations.dtype]
+    blocks = max(1, rows.WIDE // weight.blocksize)
+    prepare, product, pairs = _row_kernels(level, dtype, weight.scales.nested, blocks, batch)
+    prepared = torch.empty(batch * columns, dtype=torch.bfloat16 if pairs else torch.float32)
+    x, groups = prepared.data_ptr(), columns // rows.WIDE
+    prepare(batch, activations.data_ptr(), x, activations.stride(0) * activations.element_size(), groups)
+    a_piece = -(-weight.rows // (TOGETHER * 8 * threads.count())) * TOGETHER
+    product(
+        -(-weight.rows // a_piece),
+        weight.packed.data_ptr(),
+        x,
+        out.data_ptr(),
+        weight.bias_address,
+        weight.table.address,
+        *weight.scales.addresses,
+        max(0, weight.blocksize.bit_length() - rows.WIDE.bit_length()),
+        weight.rows,
+        groups,
+        batch,
+        a_piece,
+        columns // 2 * TOGETHER,
+    )
+
+
+@functools.cache
+def _row_kernels(level: Level, dtype: str, nested: bool, blocks: int, tile: int) -> tuple[Kernel, Kernel, bool]:
+    pairs = level.kind(dtype) == "dot"
+    prepare = kernel("prepare_rows", dtype=dtype, pairs=pairs, tile=tile)
+    product = kernel(
+        "product_rows", dtype=dtype, nested=nested, blocks=blocks, pairs=pairs, together=TOGETHER, tile=tile
+    )
+    return prepare, product, pairs
+
+
+def by_chunks(activations: Tensor, weight: Weight, out: Tensor) -> None:
+    """Few activations, on every level: rows in groups that share a panel of activations."""
+    batch, columns = activations.shape
+    dtype = DTYPES[activations.dtype]
+    tile, chunks = _tile(batch), weight.chunks
+    count = -(-batch // tile)
+    prepared = torch.empty(
+        count * tile * columns, dtype=torch.bfloat16 if host.level().kind(dtype) == "dot" else torch.float32
+    )
+    if batch % tile:
+        prepared.zero_()
+    kernel("prepare", dtype=dtype, tile=tile)(
+        batch, activations.data_ptr(), prepared.data_ptr(), activations.stride(0) * activations.element_size(), chunks
+    )
+    a_piece = -(-weight.rows // (ROWS * 8 * threads.count())) * ROWS
+    kernel("product_4bit", dtype=dtype, nested=weight.scales.nested, halves=weight.blocksize < CHUNK, tile=tile)(
+        -(-weight.rows // a_piece),
+        weight.packed.data_ptr(),
+        prepared.data_ptr(),
+        out.data_ptr(),
+        weight.bias_address,
+        weight.table.address,
+        *weight.scales.addresses,
+        max(0, weight.blocksize.bit_length() - CHUNK.bit_length()),
+        weight.rows,
+        chunks,
+        batch,
+        count,
+        max(1, PANEL_BYTES // (tile * CHUNK * prepared.element_size())),
+        a_piece,
+    )
+
+
+def tiles_in_use() -> tuple[int, ...]:
+    """Tiles that batches of any size come to on this machine's level."""
+    return (1, 2, 4, 8) if host.level().lanes == 16 else (1, 2, 4)
+
+
+def _tile(batch: int) -> int:
+    """Activations to multiply with a chunk at a time: as many as registers hold, without much left over."""
+    if batch <= 2:
+        return batch
+    return min(tiles_in_use()[2:], key=lambda tile: (-(-batch // tile) * tile, -tile))

@@ -1,0 +1,123 @@
+"""Products of bf16 activations on the matrix unit, for all but the fewest of them; see ``kernels/tiles.py``."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halfbyte.backends.cpu import host, threads
+from halfbyte.backends.cpu.call import Kernel, kernel
+from halfbyte.backends.cpu.kernels import tiles
+from halfbyte.backends.cpu.kernels.level import CHUNK, Level
+from halfbyte.backends.cpu.weight import Weight
+from halfbyte.backends.cpu.workspace import workspace
+
+__all__ = ["multiply", "takes"]
+
+LEAST = 4
+"""Activations from which tiles are faster than vectors."""
+
+HIGH, WIDE = 2, 2
+"""Tiles of rows and of activations multiplied at a time: their sums take half of the unit's eight tiles."""
+
+UNROLL = 4
+"""Rows decoded side by side."""
+
+PANEL, PANEL_MANY = 2, 8
+"""Chunks of a row decoded at a time for one group of activations (a cache line of each row), and for several, whose
+sums are stored and loaded between panels."""
+
+GROUP_ROWS = 128
+"""Rows of the weight whose sums a thread holds for several groups of activations."""
+
+ALIGNMENT = 64
+
+
+def takes(activations: Tensor) -> bool:
+    """Whether the matrix unit is the fastest for these activations."""
+    return activations.dtype == torch.bfloat16 and activations.shape[0] >= LEAST and host.level().matrix
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a product is cut: tiles side by side, groups of them, chunks a panel, rows a piece of work."""
+
+    wide: int
+    groups: int
+    panel: int
+    rows_a_piece: int
+    workspace_bytes: int
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(batch: int, rows: int, chunks: int, count: int) -> _Plan:
+    wide = min(WIDE, -(-batch // tiles.SIDE))
+    groups = -(-batch // (wide * tiles.SIDE))
+    step = HIGH * tiles.SIDE
+    if groups == 1:
+        panel, held = min(PANEL, chunks), HIGH
+        share = -(-rows // (step * 8 * count)) * step
+    else:
+        panel = min(PANEL_MANY, chunks)
+        share = min(GROUP_ROWS, -(-rows // (step * 2 * count)) * step)
+        held = share // tiles.SIDE
+    return _Plan(wide, groups, panel, share, tiles.workspace_bytes(wide, groups, panel, held))
+
+
+@functools.cache
+def _kernels(level: Level, nested: bool, halves: bool, wide: int, whole: bool) -> tuple[Kernel, Kernel]:
+    product = kernel("product_tiles", nested=nested, halves=halves, high=HIGH, wide=wide, whole=whole, unroll=UNROLL)
+    return kernel("prepare_tiles"), product
+
+
+def multiply(activations: Tensor, weight: Weight, out: Tensor) -> None:
+    """``activations @ weight.T + bias`` into ``out``."""
+    batch, columns = activations.shape
+    chunks, count = weight.chunks, threads.count()
+    plan = _plan(batch, weight.rows, chunks, count)
+    across = plan.groups * plan.wide
+    prepare, product = _kernels(
+        host.level(), weight.scales.nested, weight.blocksize < CHUNK, plan.wide, plan.groups == 1
+    )
+    prepared = torch.empty(across * tiles.SIDE * columns, dtype=torch.bfloat16)
+    a_piece = -(-chunks // max(1, 2 * count // across))
+    a_tile = -(-chunks // a_piece)
+    prepare(
+        across * a_tile,
+        activations.data_ptr(),
+        prepared.data_ptr(),
+        activations.stride(0) * activations.element_size(),
+        chunks,
+        batch,
+        a_piece,
+        a_tile,
+    )
+    held = workspace(2 * ALIGNMENT + count * plan.workspace_bytes, torch.uint8)
+    address = -(-held.data_ptr() // ALIGNMENT) * ALIGNMENT
+    ctypes.c_int64.from_address(address).value = 0
+    product(
+        -(-weight.rows // plan.rows_a_piece),
+        weight.packed.data_ptr(),
+        prepared.data_ptr(),
+        out.data_ptr(),
+        weight.bias_address,
+        weight.table.address,
+        *weight.scales.addresses,
+        max(0, weight.blocksize.bit_length() - CHUNK.bit_length()),
+        weight.rows,
+        chunks,
+        batch,
+        plan.groups,
+        plan.panel,
+        plan.rows_a_piece,
+        address,
+        plan.workspace_bytes,
+        AHEAD or plan.panel * CHUNK // 2,
+    )
+
+
+AHEAD = 0

@@ -1,0 +1,51 @@
+"""A packed 4-bit weight as the products' kernels take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from halfbyte.backends.cpu.kernels.level import CHUNK
+from halfbyte.backends.cpu.scales import Scales
+from halfbyte.backends.cpu.tables import Table
+
+__all__ = ["Weight"]
+
+
+class Weight:
+    """Codes, scales and levels of a weight ``(rows, columns)``, and the bias that goes with it.
+
+    Args:
+        packed: Any dtype.
+        shape: Rows and columns.
+        scales: Of the whole weight.
+        blocksize: Values that share a scale.
+        table: Lookup block of the codebook.
+        bias: ``(rows,)`` in the activations' dtype.
+    """
+
+    __slots__ = ("bias", "blocksize", "columns", "packed", "rows", "scales", "table")
+
+    def __init__(
+        self,
+        packed: Tensor,
+        shape: Sequence[int],
+        scales: Scales,
+        blocksize: int,
+        table: Table,
+        bias: Tensor | None = None,
+    ) -> None:
+        self.rows, self.columns = shape
+        self.packed = packed if packed.is_contiguous() else packed.detach().contiguous()
+        self.bias = bias if bias is None or bias.is_contiguous() else bias.detach().contiguous()
+        self.scales, self.blocksize, self.table = scales, blocksize, table
+
+    @property
+    def chunks(self) -> int:
+        """Of one row."""
+        return self.columns // CHUNK
+
+    @property
+    def bias_address(self) -> int:
+        return 0 if self.bias is None else self.bias.data_ptr()
