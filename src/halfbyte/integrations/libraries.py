@@ -46,12 +46,13 @@ def refresh(version: str) -> None:
 
 
 def watch() -> None:
-    """Add what halfbyte adds to transformers and peft as soon as they are loaded."""
+    """Add what halfbyte adds to transformers, peft and diffusers as soon as they are loaded."""
     after_import("transformers.quantizers.auto", _extend_quantizers)
     after_import("peft.tuners.lora.layer", _extend_peft_experts)
     after_import("transformers.utils.quantization_config", _extend_config)
     after_import("peft.tuners.randlora.bnb", _extend_randlora)
     after_import("peft.utils.loftq_utils", _extend_loftq)
+    after_import("diffusers.quantizers.bitsandbytes.bnb_quantizer", _extend_diffusers)
 
 
 def _extend_peft_experts() -> None:
@@ -74,6 +75,10 @@ def _extend_randlora() -> None:
 
 def _extend_loftq() -> None:
     importlib.import_module("halfbyte.integrations.peft").extend_loftq()
+
+
+def _extend_diffusers() -> None:
+    importlib.import_module("halfbyte.integrations.diffusers")
 
 
 def _renew_globals() -> None:

@@ -16,12 +16,15 @@ class PostImportFinder:
 
     def __init__(self) -> None:
         self.actions: dict[str, Callable[[], None]] = {}
+        self.started: list[tuple[str, Callable[[], None]]] = []
+        """Actions for modules whose own import was under way when they were asked for."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec another finder has for a module that is waited for, with the action behind its execution."""
         del path, target
+        self._catch_up()
         action = self.actions.pop(fullname, None)
         if action is None:
             return None
@@ -39,6 +42,15 @@ class PostImportFinder:
         spec.loader.exec_module = exec_module
         return spec
 
+    def _catch_up(self) -> None:
+        for entry in [entry for entry in self.started if not _is_under_way(entry[0])]:
+            self.started.remove(entry)
+            entry[1]()
+
+
+def _is_under_way(module: str) -> bool:
+    return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
+
 
 _finder = PostImportFinder()
 
@@ -46,12 +58,17 @@ _finder = PostImportFinder()
 def after_import(module: str, action: Callable[[], None]) -> None:
     """Run ``action`` once ``module`` has been imported: now, or right after its first import.
 
+    Where that import is under way (the module imports the caller), at the first import of anything after it.
+
     >>> after_import("json", lambda: print("json is there"))
     json is there
     """
-    if module in sys.modules:
+    if module in sys.modules and not _is_under_way(module):
         action()
         return
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)  # pyright: ignore[reportArgumentType]
-    _finder.actions[module] = action
+    if module in sys.modules:
+        _finder.started.append((module, action))
+    else:
+        _finder.actions[module] = action

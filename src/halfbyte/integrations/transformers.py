@@ -71,11 +71,27 @@ def _tell(model: Any) -> None:
 def _extend(quantizer: Any) -> None:
     """What both quantizers get."""
     after_loading, dequantize = quantizer._process_model_after_weight_loading, quantizer.dequantize
+    before_loading, validate = quantizer._process_model_before_weight_loading, quantizer.validate_environment
+
+    def _process_model_before_weight_loading(self: Any, model: Any, **kwargs: Any) -> Any:
+        before_loading(self, model, **kwargs)
+        places = kwargs.get("device_map")
+        if isinstance(places, dict) and "disk" in places.values():
+            from halfbyte.integrations import transformers_offload
+
+            transformers_offload.store_codes()
+            transformers_offload.mark_owners(model)
+
+    def validate_environment(self: Any, *args: Any, **kwargs: Any) -> None:
+        # Parts on the CPU or the disk are refused there unless they stay in 32 bits. Ours are quantized like any other.
+        validate(self, *args, **{**kwargs, "device_map": None})
 
     def _process_model_after_weight_loading(self: Any, model: Any, **kwargs: Any) -> Any:
         if "damaged" in vars(self):
             self.damaged.raise_first()
         model = after_loading(self, model, **kwargs)
+        if "halfbyte.integrations.transformers_offload" in sys.modules:
+            sys.modules["halfbyte.integrations.transformers_offload"].forget_owners(model)
         _forget_load_operations(model)
         _tell(model)
         return model
@@ -86,6 +102,8 @@ def _extend(quantizer: Any) -> None:
         named = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
         return dequantize(self, model, named)
 
+    quantizer.validate_environment = validate_environment
+    quantizer._process_model_before_weight_loading = _process_model_before_weight_loading
     quantizer._process_model_after_weight_loading = _process_model_after_weight_loading
     if "dtype" in inspect.signature(dequantize).parameters:  # from transformers 5.0
         quantizer.dequantize = dequantize_from_name

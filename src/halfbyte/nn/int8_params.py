@@ -101,6 +101,9 @@ class Int8Params(Moves, torch.nn.Parameter):  # pyright: ignore[reportIncompatib
 
     def to(self, *args: Any, **kwargs: Any) -> Int8Params:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Move. The first move to a real device quantizes, in place; codes never change their dtype."""
+        if args and type(args[0]) is int and not torch.accelerator.is_available():
+            # accelerate sends 8-bit weights that stay on the CPU through device 0, to have them quantized.
+            args = (self.device if self.device.type == "meta" else "cpu", *args[1:])
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
         if self.dtype == torch.int8:
             if device is None and dtype is not None:
