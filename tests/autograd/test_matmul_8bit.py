@@ -7,8 +7,8 @@ import torch
 
 import halfbyte
 import halfbyte.functional as F
-from halfbyte.autograd import MatMul8bitLt, MatmulLtState, matmul
-from halfbyte.errors import QuantStateMissingError
+from halfbyte.autograd import GlobalOutlierPooler, MatMul8bitFp, MatMul8bitLt, MatmulLtState, matmul
+from halfbyte.errors import QuantStateMissingError, UnsupportedError
 from halfbyte.nn import Int8Params
 from tests.support.hard_inputs import DTYPES
 from tests.support.int8_inputs import THRESHOLD, activations, int8_weight
@@ -155,3 +155,42 @@ def test_fields_that_are_gone_read_as_none_with_a_warning_and_can_be_set(name: s
 def test_the_package_exports_them() -> None:
     assert halfbyte.matmul is matmul
     assert halfbyte.MatmulLtState is MatmulLtState
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_float_function_multiplies_with_the_dequantized_weight_and_has_the_same_gradients(
+    dtype: torch.dtype,
+) -> None:
+    state = frozen()
+    bias = torch.linspace(-1, 1, N, requires_grad=True)
+    A = activations(5, K, dtype).requires_grad_()
+    out = MatMul8bitFp.apply(A, state.CB, None, bias, state)
+    weight = weight_of(state).double()
+    terms = A.double().abs() @ weight.abs().t() + bias.double().abs()
+    close("product", out, A.double() @ weight.t() + bias.double(), product(dtype), terms)
+    grad = torch.randn_like(out)
+    found = torch.autograd.grad(out, (A, bias), grad)
+    expected = torch.autograd.grad(matmul(A, state.CB, state=state, bias=bias), (A, bias), grad)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_the_float_function_trains_a_weight_in_floats() -> None:
+    A, B = activations(5, K), torch.randn(N, K, requires_grad=True)
+    out = MatMul8bitFp.apply(A, B, None, None, MatmulLtState())
+    assert torch.equal(out, torch.nn.functional.linear(A, B))
+    out.sum().backward()
+    assert B.grad is not None
+    assert torch.allclose(B.grad, A.sum(0).expand(N, K), rtol=1e-5, atol=1e-4)
+
+
+def test_the_pool_of_outliers_is_one_for_the_process_and_of_one_width() -> None:
+    pool = GlobalOutlierPooler.get_instance()
+    pool.initialize()
+    assert GlobalOutlierPooler.get_instance() is pool
+    pool.add_outliers(torch.tensor([5, 1]), K)
+    pool.add_outliers(torch.tensor([9]), 2 * K)
+    pool.add_outliers(torch.tensor([1, 3]), K)
+    found = pool.get_current_outlier_idx()
+    assert (found.dtype, found.tolist()) == (torch.int64, [1, 3, 5])
+    with pytest.raises(UnsupportedError, match="one pool a process"):
+        GlobalOutlierPooler()

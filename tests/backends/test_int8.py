@@ -259,15 +259,6 @@ def test_double_quant_is_quantization_by_row_and_by_column(threshold: float) -> 
     check_codes(A.t(), by_column.t(), columns, zeroed.t())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_gradient_is_the_product_with_the_dequantized_weight(dtype: torch.dtype) -> None:
-    (CB, SCB), grad = int8_weight(33, 70), torch.randn(2, 3, 33).to(dtype)
-    found = ops.int8_linear_dgrad(grad, CB, SCB)
-    weight = f64(CB) * f64(SCB)[:, None] / 127
-    size = torch.from_numpy(np.abs(f64(grad)) @ np.abs(weight))
-    close("gradient", found, torch.from_numpy(f64(grad) @ weight), product(dtype), size)
-
-
 def test_dequantized_values_are_code_times_absmax_over_127() -> None:
     CB, SCB = int8_weight(5, 9)
     expected = CB.double() * SCB.double()[:, None] / 127
@@ -287,3 +278,28 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, threshold: float
             assert torch.equal(apart, together)
         else:  # torch sums the outliers' products in an order that depends on the batch
             check_output(apart, f64(together), A, CB, SCB)
+
+
+def test_more_columns_than_int32_sums_hold_are_still_exact() -> None:
+    columns = 131072 + 4096
+    A = torch.full((2, columns), 1.0)
+    A[1, ::2] = -1.0
+    B = torch.full((3, columns), 127, dtype=torch.int8)
+    out = ops.int8_linear(A, B, torch.tensor([1.0, 2.0, 0.5]))
+    close(
+        "product", out[0], torch.tensor([1.0, 2.0, 0.5]).double() * columns, TOLERANCES["int8 product"], out[0].double()
+    )
+    assert not out[1].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 1500, 1100), (2, 5, 7)])
+def test_the_gradient_is_the_product_with_the_dequantized_weight(
+    shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    CB, SCB = int8_weight(shape[2], shape[1])
+    grad = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = ops.int8_linear_dgrad(grad.view(1, *grad.shape), CB, SCB)
+    assert (found.dtype, found.shape) == (dtype, (1, shape[0], shape[1]))
+    weight = F.int8_vectorwise_dequant(CB, SCB).double()
+    close("gradient", found[0], grad.double() @ weight, product(dtype), grad.double().abs() @ weight.abs())

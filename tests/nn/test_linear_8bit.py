@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from halfbyte.autograd import MatmulLtState, matmul
-from halfbyte.errors import QuantStateMissingError
+from halfbyte.errors import CheckpointError, QuantStateMissingError
 from halfbyte.nn import Int8Params, Linear8bitLt, receipt
 from tests.support.hard_inputs import DTYPES, weights
 from tests.support.int8_inputs import THRESHOLD, activations
+from tests.support.old_layouts import stored_as
 
 N, K = 24, 64
 
@@ -258,3 +259,70 @@ def test_attributes_that_other_libraries_read() -> None:
     assert (layer.state.CB, layer.state.SCB, layer.weight.CB, layer.weight.SCB) == (None,) * 4
     assert isinstance(layer, torch.nn.Linear)
     assert isinstance(layer.state, MatmulLtState)
+
+
+OLD_RELEASES = ("0.50, never called", "0.50, called", "row", "col_turing", "col_ampere", "col32")
+
+
+def as_bitsandbytes_pickles(layer: Linear8bitLt, release: str) -> dict[str, Any]:
+    """The ``__dict__`` of such a layer of bitsandbytes: a plain Parameter, codes and scales here or there."""
+    codes, scales = layer.weight.data.clone(), layer.weight.SCB.clone()
+    state = MatmulLtState()
+    state.threshold, state.has_fp16_weights, state.use_pool = THRESHOLD, False, True
+    weight = torch.nn.Parameter(codes, requires_grad=False)
+    weight.has_fp16_weights, weight.CB, weight.SCB = False, None, None
+    if release == "0.50, never called":
+        weight.CB, weight.SCB = codes, scales
+    elif release == "0.50, called":
+        state.CB, state.SCB = codes, scales
+    else:
+        state.SCB, state.formatB = scales, release
+        state.CxB = codes if release == "row" else stored_as(codes, release)
+        weight.data = state.CxB
+    pickled = dict(vars(layer), state=state)
+    pickled["_parameters"] = {"weight": weight, "bias": layer.bias}
+    return pickled
+
+
+@pytest.mark.parametrize("release", OLD_RELEASES)
+def test_a_layer_that_bitsandbytes_pickled_becomes_ours(release: str) -> None:
+    layer, x = layer_of(), activations(3, K)
+    expected = layer(x)
+    old = Linear8bitLt.__new__(Linear8bitLt)
+    old.__setstate__(as_bitsandbytes_pickles(layer, release))
+    assert type(old.weight) is Int8Params
+    assert old.state.threshold == THRESHOLD
+    assert torch.equal(old.weight.data, layer.weight.data)
+    for other in (old, copy.deepcopy(old), old.to("cpu")):
+        assert torch.equal(other(x), expected)
+
+
+def test_a_pickled_layer_without_scales_is_an_error() -> None:
+    pickled = as_bitsandbytes_pickles(layer_of(), "0.50, called")
+    pickled["state"].SCB = None
+    with pytest.raises(CheckpointError, match="without its scales"):
+        Linear8bitLt.__new__(Linear8bitLt).__setstate__(pickled)
+
+
+def test_a_pickled_layer_with_a_weight_in_floats_trains() -> None:
+    layer = layer_of(has_fp16_weights=True)
+    state = MatmulLtState()
+    pickled = dict(vars(layer), state=state)
+    pickled["_parameters"] = {"weight": torch.nn.Parameter(layer.weight.data.clone()), "bias": layer.bias}
+    old = Linear8bitLt.__new__(Linear8bitLt)
+    old.__setstate__(pickled)
+    assert old.weight.requires_grad
+    old(activations(2, K)).sum().backward()
+    assert old.weight.grad is not None
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_compiles_with_inductor(requires_grad: bool) -> None:
+    layer, x = layer_of(), activations(3, K).requires_grad_(requires_grad)
+    compiled = torch.compile(layer, fullgraph=True)
+    out = compiled(x)
+    assert torch.equal(out, layer(x))
+    if requires_grad:
+        (found,) = torch.autograd.grad(out.sum(), x)
+        (expected,) = torch.autograd.grad(layer(x).sum(), x)
+        assert torch.equal(found, expected)

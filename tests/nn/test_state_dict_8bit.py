@@ -10,8 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import halfbyte.functional as F
 from halfbyte.nn import Linear8bitLt
+from halfbyte.nn.weight_formats import maybe_rearrange_weight
 from tests.support.hard_inputs import weights
 from tests.support.int8_inputs import THRESHOLD, activations
+from tests.support.old_layouts import OFFSETS, stored_as
 
 N, K = 37, 70
 """Whole tiles of no layout, so that all of them are padded."""
@@ -117,28 +119,7 @@ def test_a_layer_that_keeps_floats_takes_the_dequantized_values() -> None:
     assert layer.weight.requires_grad
 
 
-# Offsets as NVIDIA's cuBLASLt reference gives them under cublasLtOrder_t, element by element.
-OFFSETS: dict[str, tuple[int, Callable[[int, int], int]]] = {
-    "col32": (1, lambda _, c: c % 32),
-    "col_turing": (
-        8,
-        lambda r, c: (r % 2) * 128 + (c % 32) // 4 * 16 + (r % 8) // 2 * 4 + c % 4,
-    ),
-    "col_ampere": (32, lambda r, c: (((r % 32) % 8 // 2 * 4 + (r % 32) // 8) * 2 + r % 2) * 32 + c % 32),
-}
 NUMBERS = {"row": 0, "col32": 1, "col_turing": 2, "col_ampere": 3}
-
-
-def stored_as(codes: torch.Tensor, name: str) -> torch.Tensor:
-    """The codes as bitsandbytes up to 0.44 saved them: whole tiles, padded with zeros, which follow each other down."""
-    tile_rows, offset = OFFSETS[name]
-    rows, columns = -(-codes.shape[0] // tile_rows) * tile_rows, -(-codes.shape[1] // 32) * 32
-    flat = torch.zeros(rows * columns, dtype=torch.int8)
-    for r in range(codes.shape[0]):
-        for c in range(codes.shape[1]):
-            tile = c // 32 * (rows // tile_rows) + r // tile_rows
-            flat[tile * tile_rows * 32 + offset(r, c)] = codes[r, c]
-    return flat.view(rows, columns)
 
 
 @pytest.mark.parametrize("number", [torch.tensor, int, str])
@@ -148,6 +129,21 @@ def test_old_layouts_are_read_and_saved_as_rows(name: str, number: Callable[[Any
     given = source.state_dict()
     given["weight"] = stored_as(given["weight"], name)
     given["weight_format"] = name if number is str else number(NUMBERS[name])
+    layer.load_state_dict(given)
+    assert snapshot(layer) == snapshot(source)
+
+
+@pytest.mark.parametrize("name", ["row", *OFFSETS])
+def test_the_hook_that_old_layers_name_puts_a_weight_into_rows(name: str) -> None:
+    source, layer = layer_of(), layer_of(seed=1)
+    given = dict(source.state_dict())
+    padded = torch.nn.functional.pad(given["weight"], (0, 0 if name == "row" else 26))
+    given["weight"] = padded if name == "row" else stored_as(padded, name)
+    given["weight_format"] = torch.tensor(NUMBERS[name])
+    maybe_rearrange_weight(given, "", {}, True, [], [], [])
+    assert "weight_format" not in given
+    assert torch.equal(given["weight"], padded)
+    given["weight"] = given["weight"][:, :K]
     layer.load_state_dict(given)
     assert snapshot(layer) == snapshot(source)
 

@@ -150,7 +150,7 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
         codes = weight.data
         if fields.get("CxB") is not None:  # releases up to 0.44, after a product on a GPU
             shape = (self.out_features, self.in_features)
-            codes = to_rows(fields["CxB"], "row" if tuple(codes.shape) == shape and layout == "row" else layout, shape)
+            codes = to_rows(fields["CxB"], layout, shape)
         elif fields.get("CB") is not None:
             codes = fields["CB"]
         self.weight = Int8Params(codes, requires_grad=False, SCB=scales.float().view(-1).to(codes.device), **marks)
