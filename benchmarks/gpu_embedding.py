@@ -12,7 +12,7 @@ import argparse
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from halfbyte.backends import registry  # noqa: F401 - binds the ops
 TABLES = {"Llama-3 8B": (128256, 4096), "SmolLM2": (49152, 576), "Qwen2.5 7B": (152064, 3584)}
 """Rows and columns of embedding tables and heads."""
 
-BATCHES = (1, 8, 64, 512)
+BATCHES = (1, 64, 8, 512)
 """Rows of a head's input."""
 
-TOKENS = (1, 512, 4096)
+TOKENS = (1, 4096, 512)
 """Rows gathered."""
 
 ops = torch.ops.halfbyte
@@ -60,9 +60,8 @@ def timed(calls: list[Callable[[], Any]]) -> float | str:
         return type(error).__name__
 
 
-def head(model: str, rows: int, columns: int, weights: list[Tensor], packed: list[Any], peer: Any) -> list[Any]:
+def head(model: str, rows: int, columns: int, weights: list[Tensor], packed: list[Any], peer: Any) -> Iterator[Any]:
     """One row for each batch."""
-    found: list[dict[str, Any]] = []
     exact = ops.dequantize_4bit(*packed[0], 64, "nf4", [rows, columns], torch.bfloat16)
     for batch in BATCHES:
         x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
@@ -75,14 +74,11 @@ def head(model: str, rows: int, columns: int, weights: list[Tensor], packed: lis
         )
         row["torch_bf16"] = timed([lambda w=w, x=x: F.linear(x, w) for w in weights])
         row["peer"] = "" if peer is None else timed([lambda p=p, x=x: peer.matmul(x, *p) for p in packed])
-        found.append(row)
-        print(" ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
-    return found
+        yield row
 
 
-def gather(model: str, rows: int, columns: int, weights: list[Tensor], packed: list[Any], peer: Any) -> list[Any]:
+def gather(model: str, rows: int, columns: int, weights: list[Tensor], packed: list[Any], peer: Any) -> Iterator[Any]:
     """One row for each number of tokens."""
-    found: list[dict[str, Any]] = []
     format_ = (64, "nf4", torch.bfloat16)
     for tokens in TOKENS:
         ids = torch.randint(0, rows, (tokens,), device="cuda")
@@ -94,9 +90,13 @@ def gather(model: str, rows: int, columns: int, weights: list[Tensor], packed: l
         row |= {"peak": peak(calls[0]), "table_bf16": rows * columns * 2, "halfbyte": timed(calls)}
         row["torch_bf16"] = timed([lambda w=w, i=ids: F.embedding(i, w) for w in weights])
         row["peer"] = "" if peer is None else timed([lambda t=t, i=ids: t(i) for t in peer.tables])
-        found.append(row)
-        print(" ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
-    return found
+        yield row
+
+
+def measure(*table: Any) -> Iterator[Any]:
+    """Looking up, then logits."""
+    yield from gather(*table)
+    yield from head(*table)
 
 
 class Peer:
@@ -141,10 +141,13 @@ def main() -> int:
         copies = copies_for(rows * columns // 2)
         packed = [ops.quantize_4bit(weights[i % 2], 64, "nf4", torch.uint8) for i in range(copies)]
         peer = Peer(weights, packed) if importlib.util.find_spec("bitsandbytes") else None
-        found += gather(model, rows, columns, weights, packed, peer)
-        found += head(model, rows, columns, weights, packed, peer)
-        if given.out:
-            write_csv("gpu_embedding.csv", found, given.out)
+        for row in measure(model, rows, columns, weights, packed, peer):
+            print(" ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
+            found.append(row)
+            if given.out:
+                write_csv("gpu_embedding.csv", found, given.out)
+            if time.monotonic() > deadline:
+                break
     return 0
 
 
