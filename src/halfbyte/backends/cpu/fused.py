@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
-import torch
 from torch import Tensor
 
 from halfbyte.backends.cpu import host, threads
@@ -13,6 +13,7 @@ from halfbyte.backends.cpu.kernels import rows
 from halfbyte.backends.cpu.kernels.level import CHUNK, Level
 from halfbyte.backends.cpu.kernels.product import ROWS
 from halfbyte.backends.cpu.weight import Weight
+from halfbyte.backends.cpu.workspace import scratch
 
 __all__ = ["ROWS_BATCH", "by_chunks", "by_rows", "takes_rows", "tiles_in_use"]
 
@@ -38,8 +39,7 @@ def by_rows(activations: Tensor, weight: Weight, out: Tensor) -> None:
     dtype = DTYPES[activations.dtype]
     blocks = max(1, rows.WIDE // weight.blocksize)
     prepare, product, pairs = _row_kernels(level, dtype, weight.scales.nested, blocks, batch)
-    prepared = torch.empty(batch * columns, dtype=torch.bfloat16 if pairs else torch.float32)
-    x, groups = prepared.data_ptr(), columns // rows.WIDE
+    x, groups = scratch(batch * columns * (2 if pairs else 4)), columns // rows.WIDE
     prepare(batch, activations.data_ptr(), x, activations.stride(0) * activations.element_size(), groups)
     a_piece = -(-weight.rows // (TOGETHER * 8 * threads.count())) * TOGETHER
     product(
@@ -75,19 +75,16 @@ def by_chunks(activations: Tensor, weight: Weight, out: Tensor) -> None:
     dtype = DTYPES[activations.dtype]
     tile, chunks = _tile(batch), weight.chunks
     count = -(-batch // tile)
-    prepared = torch.empty(
-        count * tile * columns, dtype=torch.bfloat16 if host.level().kind(dtype) == "dot" else torch.float32
-    )
-    if batch % tile:
-        prepared.zero_()
-    kernel("prepare", dtype=dtype, tile=tile)(
-        batch, activations.data_ptr(), prepared.data_ptr(), activations.stride(0) * activations.element_size(), chunks
-    )
+    prepare, product, size = _chunk_kernels(host.level(), dtype, weight.scales.nested, weight.blocksize < CHUNK, tile)
+    x = scratch(count * tile * columns * size)
+    if batch % tile:  # what is left of the last tile
+        ctypes.memset(x + (count - 1) * tile * columns * size, 0, tile * columns * size)
+    prepare(batch, activations.data_ptr(), x, activations.stride(0) * activations.element_size(), chunks)
     a_piece = -(-weight.rows // (ROWS * 8 * threads.count())) * ROWS
-    kernel("product_4bit", dtype=dtype, nested=weight.scales.nested, halves=weight.blocksize < CHUNK, tile=tile)(
+    product(
         -(-weight.rows // a_piece),
         weight.packed.data_ptr(),
-        prepared.data_ptr(),
+        x,
         out.data_ptr(),
         weight.bias_address,
         weight.table.address,
@@ -97,9 +94,17 @@ def by_chunks(activations: Tensor, weight: Weight, out: Tensor) -> None:
         chunks,
         batch,
         count,
-        max(1, PANEL_BYTES // (tile * CHUNK * prepared.element_size())),
+        max(1, PANEL_BYTES // (tile * CHUNK * size)),
         a_piece,
     )
+
+
+@functools.cache
+def _chunk_kernels(level: Level, dtype: str, nested: bool, halves: bool, tile: int) -> tuple[Kernel, Kernel, int]:
+    """The two kernels, and bytes of an activation between them."""
+    prepare = kernel("prepare", dtype=dtype, tile=tile)
+    product = kernel("product_4bit", dtype=dtype, nested=nested, halves=halves, tile=tile)
+    return prepare, product, 2 if level.kind(dtype) == "dot" else 4
 
 
 def tiles_in_use() -> tuple[int, ...]:

@@ -34,7 +34,7 @@ def _madvise() -> Any:
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor."""
     made = torch.empty(tuple(shape), dtype=dtype)
-    size = made.numel() * made.element_size()
+    size = made.nbytes
     if size >= LARGE and (advise := _madvise()) is not None:
         start = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         # Advice only: where it is refused (a kernel without huge pages), nothing is lost.

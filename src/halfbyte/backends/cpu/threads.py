@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 import queue
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -69,7 +70,7 @@ def source() -> str:
 class _Call:
     """One kernel call that threads may join until its caller has seen the last piece go."""
 
-    def __init__(self, function: Function, block: Any) -> None:
+    def __init__(self, function: Function, block: int) -> None:
         self._function, self._block = function, block
         self._lock, self._left = threading.Lock(), threading.Event()
         self._closed, self._inside = False, 0
@@ -80,7 +81,7 @@ class _Call:
             if self._closed:
                 return
             self._inside += 1
-        self._function(ctypes.addressof(self._block))
+        self._function(self._block)
         with self._lock:
             self._inside -= 1
             if self._closed and not self._inside:
@@ -88,7 +89,7 @@ class _Call:
 
     def run(self) -> None:
         """Work till no piece is left, then wait for those that joined; not for those that never came to it."""
-        self._function(ctypes.addressof(self._block))
+        self._function(self._block)
         with self._lock:
             self._closed = True
             waiting = self._inside > 0
@@ -108,7 +109,7 @@ class _Pool:
         while True:
             self._calls.get().join()
 
-    def run(self, function: Function, block: Any, threads: int) -> None:
+    def run(self, function: Function, block: int, threads: int) -> None:
         with self._lock:
             while self._started < threads - 1:
                 self._started += 1
@@ -124,13 +125,29 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+class _Blocks(threading.local):
+    """An argument block for each Python thread, as making one costs as much as a small call."""
+
+    def __init__(self) -> None:
+        self.block = (ctypes.c_int64 * BLOCK_WORDS)()
+        self.address = ctypes.addressof(self.block)
+
+
+BLOCK_WORDS = 64
+_blocks = _Blocks()
+_packed = {count: struct.Struct(f"={count}q").pack_into for count in range(BLOCK_WORDS)}
+
+
 def run(address: int, function: Function, pieces: int, arguments: Sequence[int]) -> None:
     """Run a kernel over ``pieces`` pieces of work. The GIL is free meanwhile; calls from several threads are fine."""
-    block = (ctypes.c_int64 * (2 + len(arguments)))(0, pieces, *arguments)
-    threads = min(count(), pieces)
+    held = _blocks
+    _packed[2 + len(arguments)](held.block, 0, 0, pieces, *arguments)
+    threads = count()
+    if threads > pieces:
+        threads = pieces
     if threads <= 1:
-        function(ctypes.addressof(block))
+        function(held.address)
     elif source() == "openmp":
-        _gomp()(address, ctypes.addressof(block), threads, 0)
+        _gomp()(address, held.address, threads, 0)
     else:
-        _pool.run(function, block, threads)
+        _pool.run(function, held.address, threads)

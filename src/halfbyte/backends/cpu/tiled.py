@@ -14,7 +14,7 @@ from halfbyte.backends.cpu.call import Kernel, kernel
 from halfbyte.backends.cpu.kernels import tiles
 from halfbyte.backends.cpu.kernels.level import CHUNK, Level
 from halfbyte.backends.cpu.weight import Weight
-from halfbyte.backends.cpu.workspace import workspace
+from halfbyte.backends.cpu.workspace import scratch
 
 __all__ = ["multiply", "takes"]
 
@@ -24,7 +24,7 @@ LEAST = 4
 HIGH, WIDE = 2, 2
 """Tiles of rows and of activations multiplied at a time: their sums take half of the unit's eight tiles."""
 
-UNROLL = 4
+UNROLL, ORDER = 4, 0
 """Rows decoded side by side."""
 
 PANEL, PANEL_MANY = 2, 8
@@ -33,8 +33,6 @@ sums are stored and loaded between panels."""
 
 GROUP_ROWS = 128
 """Rows of the weight whose sums a thread holds for several groups of activations."""
-
-ALIGNMENT = 64
 
 
 def takes(activations: Tensor) -> bool:
@@ -70,7 +68,7 @@ def _plan(batch: int, rows: int, chunks: int, count: int) -> _Plan:
 
 @functools.cache
 def _kernels(level: Level, nested: bool, halves: bool, wide: int, whole: bool) -> tuple[Kernel, Kernel]:
-    product = kernel("product_tiles", nested=nested, halves=halves, high=HIGH, wide=wide, whole=whole, unroll=UNROLL)
+    product = kernel("product_tiles", nested=nested, halves=halves, high=HIGH, wide=wide, whole=whole, unroll=UNROLL, order=ORDER)
     return kernel("prepare_tiles"), product
 
 
@@ -83,26 +81,26 @@ def multiply(activations: Tensor, weight: Weight, out: Tensor) -> None:
     prepare, product = _kernels(
         host.level(), weight.scales.nested, weight.blocksize < CHUNK, plan.wide, plan.groups == 1
     )
-    prepared = torch.empty(across * tiles.SIDE * columns, dtype=torch.bfloat16)
+    size = across * tiles.SIDE * columns * 2
+    x = scratch(size + tiles.COUNTER_BYTES + count * plan.workspace_bytes)
     a_piece = -(-chunks // max(1, 2 * count // across))
     a_tile = -(-chunks // a_piece)
     prepare(
         across * a_tile,
         activations.data_ptr(),
-        prepared.data_ptr(),
+        x,
         activations.stride(0) * activations.element_size(),
         chunks,
         batch,
         a_piece,
         a_tile,
     )
-    held = workspace(2 * ALIGNMENT + count * plan.workspace_bytes, torch.uint8)
-    address = -(-held.data_ptr() // ALIGNMENT) * ALIGNMENT
+    address = x + size
     ctypes.c_int64.from_address(address).value = 0
     product(
         -(-weight.rows // plan.rows_a_piece),
         weight.packed.data_ptr(),
-        prepared.data_ptr(),
+        x,
         out.data_ptr(),
         weight.bias_address,
         weight.table.address,

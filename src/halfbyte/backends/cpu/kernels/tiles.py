@@ -8,7 +8,7 @@ from halfbyte.backends.cpu.kernels.emitter import I64, Emitter, Type, Value
 from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, TABLE_EXACT, Level
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
-__all__ = ["ARGUMENTS", "PREPARE_ARGUMENTS", "SIDE", "TILE_BYTES", "emit", "emit_prepare", "workspace_bytes"]
+__all__ = ["ARGUMENTS", "COUNTER_BYTES", "PREPARE_ARGUMENTS", "SIDE", "TILE_BYTES", "emit", "emit_prepare", "workspace_bytes"]
 
 ARGUMENTS = (
     "packed",
@@ -39,6 +39,7 @@ SIDE = 16
 """Rows of a tile; each has 16 fp32 or 16 pairs of bf16."""
 
 TILE_BYTES = 1024
+COUNTER_BYTES = 64
 STEPS = 2
 """Tiles that a chunk is wide: 32 values each."""
 
@@ -90,7 +91,7 @@ def _transposed(e: Emitter, lines: Sequence[Value]) -> list[Value]:
 
 
 def emit(
-    e: Emitter, level: Level, *, nested: bool, halves: bool, high: int, wide: int, whole: bool, unroll: int = 4
+    e: Emitter, level: Level, *, nested: bool, halves: bool, high: int, wide: int, whole: bool, unroll: int, order: int = 0
 ) -> None:
     """Write the kernel for bf16 activations.
 
@@ -102,15 +103,15 @@ def emit(
         whole: There is one group of activations: sums stay in tiles from the first panel to the last.
         unroll: Rows decoded side by side.
     """
-    _Product(e, level, nested, halves, high, wide, whole, unroll).emit()
+    _Product(e, level, nested, halves, high, wide, whole, unroll, order).emit()
 
 
 class _Product:
     def __init__(
-        self, e: Emitter, level: Level, nested: bool, halves: bool, high: int, wide: int, whole: bool, unroll: int
+        self, e: Emitter, level: Level, nested: bool, halves: bool, high: int, wide: int, whole: bool, unroll: int, order: int = 0
     ) -> None:
         self.e, self.level, self.halves, self.high, self.wide, self.whole = e, level, halves, high, wide, whole
-        self.unroll = unroll
+        self.unroll, self.order = unroll, order
         self.packed, self.x, self.out, self.bias = (e.argument(n) for n in ("packed", "x", "out", "bias"))
         self.block_shift, self.rows, self.chunks = (e.argument(n) for n in ("block_shift", "rows", "chunks"))
         self.batch, self.groups, self.panel = (e.argument(n) for n in ("batch", "groups", "panel"))
@@ -119,7 +120,7 @@ class _Product:
         self.levels = e.load(Type("float", SIDE), e.argument("tables") + TABLE_EXACT)
         workspace = e.argument("workspace")
         mine = e.fetch_add(workspace, 1)
-        self.sums = workspace + 64 + mine * e.argument("workspace_stride")
+        self.sums = workspace + COUNTER_BYTES + mine * e.argument("workspace_stride")
         tiles = self.rows_a_piece / SIDE if not whole else e.const(I64, high)
         self.turned = self.sums + tiles * self.groups * (wide * TILE_BYTES)
         self.ahead = e.argument("ahead")
@@ -219,12 +220,17 @@ class _Product:
         stride = self.chunks * (STEPS * TILE_BYTES)
         with e.loop(first * STEPS, last * STEPS) as step:
             at = weights + (step - first * STEPS) * TILE_BYTES
-            for i in range(self.high):
-                level.tile_load(e, left + i, at + self.tile_bytes * i)
-            for j in range(self.wide):
-                level.tile_load(e, right + j, x + step * TILE_BYTES + stride * j)
+            if self.order == 0:
+                for i in range(self.high):
+                    level.tile_load(e, left + i, at + self.tile_bytes * i)
+                for j in range(self.wide):
+                    level.tile_load(e, right + j, x + step * TILE_BYTES + stride * j)
             for i in range(self.high):
                 for j in range(self.wide):
+                    if self.order == 1 and not j:
+                        level.tile_load(e, left + i, at + self.tile_bytes * i)
+                    if self.order == 1 and not i:
+                        level.tile_load(e, right + j, x + step * TILE_BYTES + stride * j)
                     level.tile_dot(e, self.sum_tile(i, j), left + i, right + j)
 
     def finish(self, sums: Value, row: Value, member: Value) -> None:
