@@ -207,7 +207,7 @@ def test_random_rounding_keeps_updates_that_rounding_to_nearest_loses() -> None:
         for _ in range(20):
             p.grad = torch.ones_like(p)
             optimizer.step()
-        means.append(float(p.double().mean()))
+        means.append(float(p.detach().double().mean()))
     assert means[0] == pytest.approx(1 - 20e-4, abs=5e-5)
     assert means[1] == 1.0
 
