@@ -243,7 +243,7 @@ def _launcher(index: int, constants: tuple[Any, ...], options: tuple[tuple[str, 
 def _options(count: int, blocksize: int, eight: bool, ptx: bool) -> tuple[tuple[str, int], ...]:
     """Measured on an H100 over 268 million bf16 values (benchmarks/gpu_optim.py), as shares of a copy's rate.
 
-    Two 8-bit states: 2 warps 0.91, 4 warps 0.87. Three: 4 warps 0.65, with registers for 24 warps a multiprocessor 0.69.
+    Two 8-bit states: 2 warps 0.91, 4 warps 0.87. Three: 4 warps 0.65, with registers for 24 warps at once 0.69.
     """
     if not eight or blocksize != BLOCKSIZES[0] or count == 1:
         return (("num_warps", 4),)
