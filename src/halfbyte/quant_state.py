@@ -14,7 +14,7 @@ from halfbyte.errors import CheckpointError
 from halfbyte.formats import blocks
 from halfbyte.formats.codebook import codebook, codebook_names
 
-__all__ = ["PACKED_PREFIX", "QuantState", "pack_dict_to_tensor", "unpack_tensor_to_dict"]
+__all__ = ["PACKED_PREFIX", "QuantState", "changes", "pack_dict_to_tensor", "unpack_tensor_to_dict"]
 
 PACKED_PREFIX = "bitsandbytes__"
 """The JSON blob of a weight is stored under ``<weight>.quant_state.bitsandbytes__<quant_type>``."""
@@ -46,6 +46,14 @@ def unpack_tensor_to_dict(tensor_data: Tensor) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"the quant_state blob holds a JSON {type(found).__name__}", expected="a JSON object")
     return found
+
+
+_changes = [0]
+
+
+def changes() -> int:
+    """How often an attribute of any QuantState was set: as long as it stays the same, all states are what they were."""
+    return _changes[0]
 
 
 class QuantState:
@@ -100,6 +108,10 @@ class QuantState:
         self.offset = offset
         self.state2 = state2
         self.nested = state2 is not None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        _changes[0] += 1
 
     def __getattr__(self, name: str) -> Any:
         # FSDP asks for the packed blob by its key, as an attribute.

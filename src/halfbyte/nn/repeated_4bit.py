@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halfbyte.backends import registry
 from halfbyte.functional import format_of, kernel_scales
-from halfbyte.quant_state import QuantState
+from halfbyte.quant_state import QuantState, changes
 
 __all__ = ["Repeated"]
 
@@ -33,14 +33,18 @@ class Repeated:
     It keeps neither weight nor scales alive, and what is built from it by copying or pickling is None.
     """
 
-    __slots__ = ("_addresses", "_bias", "_calls", "_compute_dtype", "_device", "_dtype", "_format", "_state", "_weight")
+    __slots__ = (
+        "_addresses", "_bias", "_calls", "_changes", "_compute_dtype", "_device", "_dtype", "_format", "_state",
+        "_weight",
+    )  # fmt: skip
 
     def __init__(self, layer: Any, weight: Tensor, state: QuantState, bias: Tensor | None, x: Tensor) -> None:
         self._weight = weakref.ref(weight)
         self._state = weakref.ref(state)
         self._bias = None if bias is None else weakref.ref(bias)
         self._addresses = _addresses(weight, state, bias)
-        self._format = (state.shape, state.blocksize, state.quant_type, state.nested)
+        self._format = _format(state)
+        self._changes = changes()
         self._compute_dtype = layer.compute_dtype
         self._dtype, self._device = x.dtype, x.device
         self._calls: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
@@ -66,12 +70,13 @@ class Repeated:
         if weight is None or weight is not self._weight() or bias is not (None if self._bias is None else self._bias()):
             return False
         state = getattr(weight, "quant_state", None)
-        if state is None or state is not self._state():
+        if state is None or state is not self._state() or _addresses(weight, state, bias) != self._addresses:
             return False
-        return (
-            _addresses(weight, state, bias) == self._addresses
-            and (state.shape, state.blocksize, state.quant_type, state.nested) == self._format
-        )
+        if changes() != self._changes:  # some state's attribute was set: of this one?
+            if _format(state) != self._format:
+                return False
+            self._changes = changes()
+        return True
 
     def _refused(self, x: Tensor) -> bool:
         """Whether the backend was asked about such an activation, and offered nothing."""
@@ -106,15 +111,16 @@ class Repeated:
         return own
 
 
-def _addresses(weight: Tensor, state: QuantState, bias: Tensor | None) -> tuple[int, ...]:
-    second = state.state2
-    offset = state.offset
+def _addresses(weight: Tensor, state: QuantState, bias: Tensor | None) -> tuple[int, int, int]:
     with _DisableTorchFunctionSubclass():  # the parameter's own __torch_function__ would answer every question
-        return (
-            weight.data_ptr(),
-            state.absmax.data_ptr(),
-            0 if second is None else second.absmax.data_ptr(),
-            0 if second is None or second.code is None else second.code.data_ptr(),
-            0 if offset is None else offset.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-        )
+        return weight.data_ptr(), state.absmax.data_ptr(), 0 if bias is None else bias.data_ptr()
+
+
+def _format(state: QuantState) -> tuple[object, ...]:
+    """What a kernel takes from a state beside the addresses that are looked at in every call."""
+    second = state.state2
+    others = (state.offset, None if second is None else second.absmax, None if second is None else second.code)
+    return (
+        state.shape, state.blocksize, state.quant_type, state.nested,
+        *(None if tensor is None else tensor.data_ptr() for tensor in others),
+    )  # fmt: skip
