@@ -20,6 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import write_csv
+from benchmarks.gpu_model import turn
 
 CALLS = 50
 SIZE = 4096
@@ -45,7 +46,7 @@ def layers() -> dict[str, tuple[Any, int]]:
     return found
 
 
-def turn(call: Callable[[], Any]) -> float:
+def microseconds(call: Callable[[], Any]) -> float:
     """Microseconds of host time of one call."""
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -59,8 +60,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--lock", type=Path, help="held while measuring: benchmarks with the same file take turns")
     arguments = parser.parse_args()
-    with torch.no_grad():
+    with turn(arguments.lock), torch.no_grad():
         calls: dict[str, Callable[[], Any]] = {}
         for name, (layer, rows) in layers().items():
             x = torch.randn(rows, 1, SIZE, device="cuda", dtype=torch.bfloat16)
@@ -70,7 +72,7 @@ def main() -> None:
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(arguments.rounds):
             for name, call in calls.items():
-                taken[name].append(turn(call))
+                taken[name].append(microseconds(call))
     rows = [
         {
             "layer": name,

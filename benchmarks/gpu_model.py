@@ -249,7 +249,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--new-tokens", type=int, default=18)
+    parser.add_argument("--new-tokens", type=int, default=14)
     parser.add_argument("--only", default=",".join(WAYS))
     parser.add_argument("--plain", action="store_true", help="scales not quantized again (transformers' default)")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further figure after this long")
