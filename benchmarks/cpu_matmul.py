@@ -7,6 +7,7 @@ bitsandbytes takes part where it can be imported. Weights rotate over 200 MB. ``
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 from collections.abc import Callable
 
@@ -15,8 +16,9 @@ from torch.nn.functional import linear
 
 import common
 import cpu_read
-import halfbyte.backends  # noqa: F401  (defines and binds torch.ops.halfbyte)
+from halfbyte import functional, matmul_4bit
 from halfbyte.backends.cpu import host
+from halfbyte.quant_state import QuantState
 
 SHAPES = "4096x4096,11008x4096,576x1536"
 BATCHES = "1,2,4,8,16,32,128,512"
@@ -24,26 +26,25 @@ BLOCKSIZE = 64
 Case = Callable[[int], object]
 
 
-def nested(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Double-quantized absmax as the ops take it."""
-    from halfbyte.formats.dynamic import dynamic_map
-
-    code = torch.from_numpy(dynamic_map())
-    offset = absmax.mean()
-    codes, second = torch.ops.halfbyte.quantize_blockwise(absmax - offset, code, 256)
-    return second, codes, code, offset
+def _with_own_scales(state: QuantState) -> QuantState:
+    """The state with a copy of its scales, so that they leave the caches too."""
+    own = copy.copy(state)
+    own.absmax = state.absmax.clone()
+    return own
 
 
 class Contestants:
     """One weight in every form, copied often enough to leave the caches."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        op = torch.ops.halfbyte
-        self.weight, self.shape = weight, list(weight.shape)
-        packed, absmax = op.quantize_4bit(weight, BLOCKSIZE, "nf4", torch.uint8)
-        self.nbytes = packed.numel() + 4 * absmax.numel()
-        self.copies = [(packed.clone(), absmax.clone()) for _ in range(common.copies_for(self.nbytes))]
-        self.second = nested(absmax)
+        self.weight = weight
+        packed, state = functional.quantize_4bit(weight, blocksize=BLOCKSIZE, quant_type="nf4")
+        self.nbytes = packed.numel() + 4 * state.absmax.numel()
+        count = common.copies_for(self.nbytes)
+        self.copies = [(packed.clone(), _with_own_scales(state)) for _ in range(count)]
+        _, self.double = functional.quantize_4bit(
+            weight, blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True
+        )
         self.dense: dict[torch.dtype, list[torch.Tensor]] = {}
         self.peer = importlib.util.find_spec("bitsandbytes") is not None
         if self.peer:
@@ -60,19 +61,18 @@ class Contestants:
 
     def cases(self, x: torch.Tensor) -> dict[str, Case]:
         """Who -> product with ``x``."""
-        op, count = torch.ops.halfbyte, len(self.copies)
+        count = len(self.copies)
         if x.dtype not in self.dense:
             copies = common.copies_for(self.weight.numel() * x.element_size())
             self.dense = {x.dtype: [self.weight.to(x.dtype) for _ in range(copies)]}
         dense = self.dense[x.dtype]
 
         def plain(i: int) -> object:
-            packed, absmax = self.copies[i % count]
-            return op.gemm_4bit(x, packed, self.shape, absmax, BLOCKSIZE, "nf4")
+            packed, state = self.copies[i % count]
+            return matmul_4bit(x, packed.t(), quant_state=state)
 
         def double(i: int) -> object:
-            packed, second = self.copies[i % count][0], self.second
-            return op.gemm_4bit(x, packed, self.shape, second[0], BLOCKSIZE, "nf4", None, *second[1:])
+            return matmul_4bit(x, self.copies[i % count][0].t(), quant_state=self.double)
 
         found: dict[str, Case] = {
             "halfbyte": plain,
@@ -80,7 +80,9 @@ class Contestants:
             "torch dense": lambda i: linear(x, dense[i % len(dense)]),
         }
         if x.numel() == x.shape[-1]:
-            found["reading alone"] = lambda i: cpu_read.read(self.copies[i % count])
+            found["reading alone"] = lambda i: cpu_read.read(
+                (self.copies[i % count][0], self.copies[i % count][1].absmax)
+            )
         if self.peer:
             import bitsandbytes as bnb
 

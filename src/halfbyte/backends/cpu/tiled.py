@@ -24,7 +24,7 @@ LEAST = 4
 HIGH, WIDE = 2, 2
 """Tiles of rows and of activations multiplied at a time: their sums take half of the unit's eight tiles."""
 
-UNROLL, ORDER = 4, 0
+UNROLL, MIXED = 4, True
 """Rows decoded side by side."""
 
 PANEL, PANEL_MANY = 2, 8
@@ -68,7 +68,9 @@ def _plan(batch: int, rows: int, chunks: int, count: int) -> _Plan:
 
 @functools.cache
 def _kernels(level: Level, nested: bool, halves: bool, wide: int, whole: bool) -> tuple[Kernel, Kernel]:
-    product = kernel("product_tiles", nested=nested, halves=halves, high=HIGH, wide=wide, whole=whole, unroll=UNROLL, order=ORDER)
+    product = kernel(
+        "product_tiles", nested=nested, halves=halves, high=HIGH, wide=wide, whole=whole, unroll=UNROLL, mixed=MIXED
+    )
     return kernel("prepare_tiles"), product
 
 

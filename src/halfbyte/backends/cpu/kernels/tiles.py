@@ -8,7 +8,15 @@ from halfbyte.backends.cpu.kernels.emitter import I64, Emitter, Type, Value
 from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, TABLE_EXACT, Level
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
-__all__ = ["ARGUMENTS", "COUNTER_BYTES", "PREPARE_ARGUMENTS", "SIDE", "TILE_BYTES", "emit", "emit_prepare", "workspace_bytes"]
+__all__ = [
+    "ARGUMENTS",
+    "COUNTER_BYTES",
+    "PREPARE_ARGUMENTS",
+    "SIDE",
+    "emit",
+    "emit_prepare",
+    "workspace_bytes",
+]
 
 ARGUMENTS = (
     "packed",
@@ -91,7 +99,16 @@ def _transposed(e: Emitter, lines: Sequence[Value]) -> list[Value]:
 
 
 def emit(
-    e: Emitter, level: Level, *, nested: bool, halves: bool, high: int, wide: int, whole: bool, unroll: int, order: int = 0
+    e: Emitter,
+    level: Level,
+    *,
+    nested: bool,
+    halves: bool,
+    high: int,
+    wide: int,
+    whole: bool,
+    unroll: int,
+    mixed: bool,
 ) -> None:
     """Write the kernel for bf16 activations.
 
@@ -102,16 +119,26 @@ def emit(
         wide: Tiles of activations multiplied at a time.
         whole: There is one group of activations: sums stay in tiles from the first panel to the last.
         unroll: Rows decoded side by side.
+        mixed: Each tile is loaded before the product that needs it first; else all before the first product.
     """
-    _Product(e, level, nested, halves, high, wide, whole, unroll, order).emit()
+    _Product(e, level, nested, halves, high, wide, whole, unroll, mixed).emit()
 
 
 class _Product:
     def __init__(
-        self, e: Emitter, level: Level, nested: bool, halves: bool, high: int, wide: int, whole: bool, unroll: int, order: int = 0
+        self,
+        e: Emitter,
+        level: Level,
+        nested: bool,
+        halves: bool,
+        high: int,
+        wide: int,
+        whole: bool,
+        unroll: int,
+        mixed: bool,
     ) -> None:
         self.e, self.level, self.halves, self.high, self.wide, self.whole = e, level, halves, high, wide, whole
-        self.unroll, self.order = unroll, order
+        self.unroll, self.mixed = unroll, mixed
         self.packed, self.x, self.out, self.bias = (e.argument(n) for n in ("packed", "x", "out", "bias"))
         self.block_shift, self.rows, self.chunks = (e.argument(n) for n in ("block_shift", "rows", "chunks"))
         self.batch, self.groups, self.panel = (e.argument(n) for n in ("batch", "groups", "panel"))
@@ -176,9 +203,6 @@ class _Product:
             self.multiply(self.decoded + block * self.high * self.tile_bytes, activations, first, last)
             self.move(self.level.tile_store, sums)
 
-    def sum_tile(self, i: int, j: int) -> int:
-        return i * self.wide + j
-
     def clear(self) -> None:
         for tile in range(self.high * self.wide):
             self.level.tile_zero(self.e, tile)
@@ -220,18 +244,18 @@ class _Product:
         stride = self.chunks * (STEPS * TILE_BYTES)
         with e.loop(first * STEPS, last * STEPS) as step:
             at = weights + (step - first * STEPS) * TILE_BYTES
-            if self.order == 0:
-                for i in range(self.high):
-                    level.tile_load(e, left + i, at + self.tile_bytes * i)
-                for j in range(self.wide):
-                    level.tile_load(e, right + j, x + step * TILE_BYTES + stride * j)
+            loads = [(left + i, at + self.tile_bytes * i) for i in range(self.high)]
+            loads += [(right + j, x + step * TILE_BYTES + stride * j) for j in range(self.wide)]
+            if not self.mixed:
+                for tile, address in loads:
+                    level.tile_load(e, tile, address)
             for i in range(self.high):
                 for j in range(self.wide):
-                    if self.order == 1 and not j:
-                        level.tile_load(e, left + i, at + self.tile_bytes * i)
-                    if self.order == 1 and not i:
-                        level.tile_load(e, right + j, x + step * TILE_BYTES + stride * j)
-                    level.tile_dot(e, self.sum_tile(i, j), left + i, right + j)
+                    if self.mixed and not j:
+                        level.tile_load(e, *loads[i])
+                    if self.mixed and not i:
+                        level.tile_load(e, *loads[self.high + j])
+                    level.tile_dot(e, i * self.wide + j, left + i, right + j)
 
     def finish(self, sums: Value, row: Value, member: Value) -> None:
         """One tile of sums, ``[16 rows][16 activations]``, turned, with bias, rounded and stored."""
