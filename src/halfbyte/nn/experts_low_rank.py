@@ -25,11 +25,11 @@ def low_rank(x: Tensor, order: Tensor, ends: Tensor, down: Tensor, up: Tensor, s
         ``(products, N)`` in x's dtype.
     """
     rows = order.long()
-    picked = x[rows // (rows.numel() // x.shape[0])]
-    inner = _grouped(picked, down.to(x.dtype), ends)
-    outer = _grouped(inner, up.to(x.dtype), ends) * scaling
-    lonely = torch.arange(rows.numel(), device=ends.device) >= ends[-1]
-    outer = outer.masked_fill(lonely.unsqueeze(1), 0.0)
+    # torch leaves rows without expert as memory was, in its products and in their gradients: zeros on both sides of them.
+    lonely = (torch.arange(rows.numel(), device=ends.device) >= ends[-1]).unsqueeze(1)
+    picked = x[rows // (rows.numel() // x.shape[0])].masked_fill(lonely, 0.0)
+    inner = _grouped(picked, down.to(x.dtype), ends).masked_fill(lonely, 0.0)
+    outer = _grouped(inner, up.to(x.dtype), ends).masked_fill(lonely, 0.0) * scaling
     return torch.zeros_like(outer).index_copy(0, rows, outer)
 
 

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from halfbyte.backends.triton import grouped_tiles
+from halfbyte.backends.triton.device import Gpu
 from halfbyte.backends.triton.grouped import tile_bound
 from halfbyte.backends.triton.kernels import gemm_grouped
 from tests.backends.triton.compiling import build
@@ -73,3 +75,26 @@ def test_no_routing_needs_more_tiles_than_are_launched(batch: int) -> None:
             # The worst routing: one row for every expert but the last, which takes the rest; some rows have none.
             counts = [1] * min(lonely, rows) + [max(0, rows - lonely)]
             assert sum(-(-count // batch) for count in counts) <= tile_bound(rows, len(counts) - 1, batch)
+
+
+HOPPER, OTHER = Gpu("sm_90", 132, 50 << 20, gluon=True), Gpu("sm_89", 128, 72 << 20, gluon=True)
+
+
+def test_measured_tiles_are_taken_at_the_shapes_that_were_measured() -> None:
+    entries = grouped_tiles.read("sm_90")
+    assert len(entries) >= 12
+    for entry in entries:
+        assert grouped_tiles.tile_for(HOPPER, int(entry.rows_each * 128), 128, entry.k) == entry.tile
+    assert grouped_tiles.read("sm_89") == ()
+
+
+@pytest.mark.parametrize("gpu", [HOPPER, OTHER], ids=["measured", "by rule"])
+@pytest.mark.parametrize("k", [64, 128, 192, 768, 2880, 7168, 28672])
+@pytest.mark.parametrize("rows", [1, 16, 300, 5000, 100_000])
+def test_every_shape_gets_a_tile_that_the_kernel_takes(gpu: Gpu, k: int, rows: int) -> None:
+    tile = grouped_tiles.tile_for(gpu, rows, 32, k)
+    assert tile.rows % (16 * tile.n_warps) == 0
+    assert tile.batch in (8, 16, 32)
+    assert 4 <= tile.k_warps * tile.n_warps <= 8
+    # Accumulators of a warp: two registers for each of its 16-row tiles and 8 rows of activations, and as many again.
+    assert tile.rows // (16 * tile.n_warps) * tile.batch // 8 <= 4

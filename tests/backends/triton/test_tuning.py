@@ -16,7 +16,9 @@ from halfbyte.errors import ArgumentError
 
 FOLDER = resources.files("halfbyte.backends.triton") / "tuning"
 FILES = sorted(
-    file.name for file in FOLDER.iterdir() if file.name.endswith(".json") and not file.name.startswith("int8")
+    file.name
+    for file in FOLDER.iterdir()
+    if file.name.endswith(".json") and not file.name.startswith(("int8", "experts"))
 )
 HOPPER = Gpu("sm_90", 132, 50 << 20, gluon=True)
 ADA = Gpu("sm_89", 128, 72 << 20, gluon=True)

@@ -184,7 +184,7 @@ def gemm_4bit_grouped(
             plan = _plans.get(key)
             if plan is None:
                 plan = _plans[key] = GroupedPlan(
-                    tile_for(gpu, rows, count, n, k), rows, count, n, k,
+                    tile_for(gpu, rows, count, k), rows, count, n, k,
                     x_stride=x.stride(0), repeat=repeat, blocksize=blocksize,
                     pairs=rounded_pairs_of(quant_type, A.dtype, index),
                     nested=absmax_8bit is not None, bias=bias is not None,
