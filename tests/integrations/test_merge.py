@@ -341,7 +341,7 @@ def test_smollm2_keeps_in_bf16_what_it_learned_and_is_told_what_4_bits_undo(
     smollm2_dir: Path, sotu_text: str, tmp_path: Path
 ) -> None:
     ids = (
-        AutoTokenizer.from_pretrained(smollm2_dir)(sotu_text[:3000], return_tensors="pt").input_ids[:, :128].view(4, 32)
+        AutoTokenizer.from_pretrained(smollm2_dir)(sotu_text[:1500], return_tensors="pt").input_ids[:, :48].view(2, 24)
     )
     base = quantized_dir(
         smollm2_dir,
@@ -351,14 +351,14 @@ def test_smollm2_keeps_in_bf16_what_it_learned_and_is_told_what_4_bits_undo(
         bnb_4bit_compute_dtype=torch.float32,
     )
     model = get_peft_model(dense(base), LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
 
     def loss(one: Any) -> float:
         with torch.no_grad():
             return one.eval()(input_ids=ids, labels=ids).loss.item()
 
     before = loss(model)
-    for _ in range(8):
+    for _ in range(4):
         model.train()(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -29,6 +29,11 @@ def forget_owners(model: torch.nn.Module) -> None:
         vars(layer.weight).pop("module", None)
 
 
+def _holds_codes(param: Any) -> bool:
+    four_bit = isinstance(param, Params4bit) and param.bnb_quantized
+    return four_bit or (isinstance(param, Int8Params) and param.dtype == torch.int8)
+
+
 def store_codes() -> None:
     """Make transformers write a quantized weight to its offload folder; it would read the dense one at every use."""
     plain = core_model_loading.offload_and_maybe_resave_param
@@ -38,13 +43,12 @@ def store_codes() -> None:
     def offload_and_maybe_resave_param(
         target_name: str, param: Any, loading_info: Any, folder: Any, index: Any, applied: Any
     ) -> Any:
-        owner = getattr(param, "module", None)
-        quantized = isinstance(param, (Params4bit, Int8Params)) and not param.is_floating_point() and owner is not None
-        if not quantized:
+        owner: Any = getattr(param, "module", None)
+        if owner is None or not _holds_codes(param):
             return plain(target_name, param, loading_info, folder, index, applied)
         owner.weight = param.to("meta")
         owner.weight._is_hf_initialized = True
-        if isinstance(param, Params4bit):
+        if hasattr(param, "quant_state"):
             owner.weight.module, owner.quant_state = owner, param.quant_state
         loading_info.missing_keys.discard(target_name)
         return core_model_loading.offload_weight(param.data, target_name, folder, index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -11,6 +12,9 @@ __all__ = ["LOST_BELOW", "LayerSurvival", "Survival", "measure"]
 
 LOST_BELOW = 0.5
 """Kept share of a change below which its layer counts as lost."""
+
+_PART = 2**22
+"""Values that are compared at a time, in float64."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,18 @@ def measure(name: str, before: Tensor, after: Tensor, change: Tensor, weight: Te
     >>> measure("w", torch.zeros(2), torch.tensor([0.25, 0.0]), change, torch.ones(2)).kept
     0.5
     """
-    stored, change = (after.double() - before.double()).flatten(), change.double().flatten()
-    both, size, length = float(stored @ change), float(change.norm()), float(stored.norm())
-    scale = float(weight.double().norm())
+    both = square = length = scale = 0.0
+    parts = [tensor.reshape(-1).split(_PART) for tensor in (before, after, change, weight)]
+    for old, new, wanted, exact in zip(*parts, strict=True):
+        stored, wanted = new.double() - old.double(), wanted.double()
+        both += float(stored @ wanted)
+        square += float(wanted @ wanted)
+        length += float(stored @ stored)
+        scale += float(exact.double().square().sum())
+    size, length = math.sqrt(square), math.sqrt(length)
     return LayerSurvival(
         name,
-        change=size / scale if scale else 0.0,
-        kept=both / size**2 if size else 1.0,
+        change=math.sqrt(square / scale) if scale else 0.0,
+        kept=both / square if square else 1.0,
         cosine=both / (size * length) if size and length else float(size == length),
     )
