@@ -25,7 +25,7 @@ def low_rank(x: Tensor, order: Tensor, ends: Tensor, down: Tensor, up: Tensor, s
         ``(products, N)`` in x's dtype.
     """
     rows = order.long()
-    # torch leaves rows without expert as memory was, in its products and in their gradients: zeros on both sides of them.
+    # torch leaves rows without expert as memory was, in products and in their gradients: zeros on both sides of each.
     lonely = (torch.arange(rows.numel(), device=ends.device) >= ends[-1]).unsqueeze(1)
     picked = x[rows // (rows.numel() // x.shape[0])].masked_fill(lonely, 0.0)
     inner = _grouped(picked, down.to(x.dtype), ends).masked_fill(lonely, 0.0)
