@@ -34,7 +34,7 @@ VARIABLES: tuple[Variable[str] | Variable[int] | Variable[bool], ...] = (
         "HALFBYTE_CPU_FEATURES",
         str,
         "",
-        "Highest CPU level of the kernels: `avx512bf16`, `avx512`, `avx2`, `neon`, `portable`; empty picks.",
+        "Highest CPU level of the kernels: `amx`, `avx512bf16`, `avx512`, `avx2`, `neon`, `portable`; empty picks.",
     ),
     Variable(
         "HALFBYTE_CACHE_DIR", str, "", "Where downloads and compiled kernels go; empty: the user's cache directory."
