@@ -1,0 +1,155 @@
+"""The plan of a fused 4-bit product: tile, grid, numbers and compiled kernel, made once and run in every call."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from halfbyte.backends.triton.decoded import sum_partial
+from halfbyte.backends.triton.dequantize import Nested
+from halfbyte.backends.triton.kernels.gemm_portable import _sum_partial_kernel
+from halfbyte.backends.triton.launch import Launcher, on_its_device, raw_stream
+from halfbyte.backends.triton.tuning import Tile
+
+__all__ = ["FusedPlan", "fused_kernels"]
+
+
+@functools.lru_cache(maxsize=1)
+def fused_kernels() -> dict[str, Any]:
+    """The Gluon kernels by the kind of their tiles; none, with a warning, where this Triton's Gluon is another one."""
+    try:
+        from halfbyte.backends.triton.kernels.gemm_small_batch import _gemm_4bit_small_batch_kernel
+        from halfbyte.backends.triton.kernels.gemm_staged import _gemm_4bit_staged_kernel
+        from halfbyte.backends.triton.kernels.gemm_warpgroup import _gemm_4bit_warpgroup_kernel
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"Triton {triton.__version__} has no Gluon that halfbyte knows ({error}); small 4-bit products are slower",
+            stacklevel=2,
+        )
+        return {}
+    return {
+        "register": _gemm_4bit_small_batch_kernel,
+        "staged": _gemm_4bit_staged_kernel,
+        "warpgroup": _gemm_4bit_warpgroup_kernel,
+    }
+
+
+class FusedPlan:
+    """All that a fused product needs and that does not change from call to call: tile, grid, numbers, kernel.
+
+    Attributes:
+        split: Partial products that a second kernel sums.
+    """
+
+    __slots__ = ("_grid", "_launcher", "_numbers", "_pairs", "_sum", "m", "n", "split")
+
+    def __init__(
+        self,
+        m: int,
+        n: int,
+        k: int,
+        blocksize: int,
+        pairs: Tensor,
+        words: tuple[int, ...],
+        tile: Tile,
+        x_stride: int,
+        *,
+        nested: bool,
+        bias: bool,
+    ) -> None:
+        self.m, self.n, self.split = m, n, tile.split
+        aligned = k % blocksize == 0
+        pair = 2 if k % 64 == 0 and blocksize >= 64 else 1
+        groups = k // (32 * pair)
+        per_block = blocksize // (32 * pair)
+        unroll = tile.unroll
+        chain = min(per_block, unroll) if aligned else 1
+        slices_of_k = tile.split * tile.k_warps
+        per_slice = -(-groups // (slices_of_k * unroll)) * unroll
+        row_blocks = k // blocksize if aligned else groups
+        even = groups == per_slice * slices_of_k
+        self._pairs = pairs
+        numbers = (m, n, k // 8, row_blocks, x_stride, groups, per_slice)
+        self._numbers = numbers if tile.kind == "register" else (*words, *numbers)
+        self._grid = (-(-n // tile.rows), tile.split, -(-m // tile.batch))
+        warps = tile.k_warps * tile.n_warps
+        fused_bias = bias and tile.split == 1
+        stages = tile.stages
+        if tile.kind == "warpgroup":
+            constants = (tile.rows, tile.batch, unroll, chain, per_block, warps, tile.split, even, nested, fused_bias)
+        else:
+            constants = (
+                tile.rows, tile.batch, pair, unroll, chain, per_block, tile.k_warps, tile.n_warps, tile.split, even,
+                aligned, nested, fused_bias,
+            )  # fmt: skip
+        if tile.kind != "register":
+            constants = (*constants, tile.table)
+        if tile.kind != "register" and tile.table:
+            # Static and dynamic shared memory together may pass 48 KiB only if the dynamic part alone does.
+            while 16384 - 1024 < replace(tile, stages=stages).shared_bytes(pair) <= 49152:
+                stages += 1
+        kernel = fused_kernels()[tile.kind]
+        self._launcher = Launcher(kernel, (*constants, stages), num_warps=warps, enable_fp_fusion=True)
+        sum_constants = (tile.split, 1024, bias)
+        self._sum = Launcher(_sum_partial_kernel, sum_constants, num_warps=4) if tile.split > 1 else None
+
+    def run(
+        self, x: Tensor, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, out: Tensor, index: int
+    ) -> None:
+        """``out = x @ weight.T + bias`` on the current stream of device ``index``, which is current."""
+        partial = out
+        if self._sum is not None:
+            partial = torch.empty((self.split, self.m, self.n), dtype=torch.float32, device=out.device)
+        if self._launcher.compiled():
+            a, b, c = nested
+            self._launcher.direct(
+                self._grid,
+                raw_stream(index),
+                packed.data_ptr(),
+                x.data_ptr(),
+                absmax.data_ptr(),
+                None if a is None else a.data_ptr(),
+                None if b is None else b.data_ptr(),
+                None if c is None else c.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                partial.data_ptr(),
+                self._pairs.data_ptr(),
+                *self._numbers,
+            )
+        else:
+            self._launcher.ordinary(self._grid, packed, x, absmax, *nested, bias, partial, self._pairs, *self._numbers)
+        if self._sum is not None:
+            sum_partial(self._sum, partial, bias, out, index)
+
+    def repeated(
+        self, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, shape: tuple[int, ...], index: int
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """``run`` with these tensors as they lie, for other activations; None where nothing ran yet."""
+        first = ((packed,), (absmax, *nested, bias), (self._pairs,), self._numbers)
+        total = self._sum
+        if total is None:
+            whole = self._launcher.repeated(self._grid, index, shape, *first)
+            return None if whole is None else on_its_device(whole, index)
+        parts = self._launcher.repeated(self._grid, index, (self.split, self.m, self.n), *first, torch.float32)
+        if parts is None or not total.compiled():
+            return None
+        address = None if bias is None else bias.data_ptr()
+        numel = self.m * self.n
+        grid = (-(-numel // 1024), 1, 1)
+
+        def call(x: Tensor) -> Tensor | None:
+            partial = parts(x)
+            if partial is None:
+                return None
+            out = x.new_empty(shape)
+            total.direct(grid, raw_stream(index), partial.data_ptr(), address, out.data_ptr(), numel, self.n)
+            return out
+
+        return on_its_device(call, index)
