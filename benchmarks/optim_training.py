@@ -2,8 +2,11 @@
 
     python benchmarks/optim_training.py                train and plot
     python benchmarks/optim_training.py --plot         only plot what is there
+    python benchmarks/optim_training.py --all-8 TEXT   embeddings in 8 bits too, on another address
 
-Embeddings keep 32-bit states, as with transformers' Trainer.
+Embeddings keep 32-bit states, as with transformers' Trainer, unless ``--all-8`` is given: that adds rows to
+``benchmarks/results/optim-training-all-8.csv`` (optimizer, states, text, mean of the last ten losses, mean loss of the
+16 batches that follow) for 32-bit and 8-bit states and, where it is installed, for bitsandbytes' 8-bit ones.
 Writes ``benchmarks/results/optim-training.csv`` (optimizer, bits, step, loss) and ``docs/images/optim-training.png``.
 A CPU takes some seconds for a step.
 """
@@ -12,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,15 +29,16 @@ from halfbyte.demo import assets
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "optim-training.csv"
 PLOT = HERE.parent / "docs" / "images" / "optim-training.png"
-STEPS, LENGTH, LAST = 50, 32, 10
+ALL_8 = HERE / "results" / "optim-training-all-8.csv"
+STEPS, LENGTH, LAST, BEHIND = 50, 32, 10, 16
 RATES = {"AdamW": 1e-4, "Lion": 2e-5, "AdEMAMix": 1e-4}
 """Optimizer -> learning rate."""
 
 
-def batches(tokenizer: Any) -> list[torch.Tensor]:
-    """One row of tokens for each step, from one speech in order."""
-    ids = tokenizer(assets.speech("1905-Roosevelt-1"), return_tensors="pt").input_ids[0]
-    return [ids[i * LENGTH : (i + 1) * LENGTH][None] for i in range(STEPS)]
+def batches(tokenizer: Any, text: str = "1905-Roosevelt-1") -> list[torch.Tensor]:
+    """One row of tokens for each step and for each batch behind them, from one speech in order."""
+    ids = tokenizer(assets.speech(text), return_tensors="pt").input_ids[0]
+    return [ids[i * LENGTH : (i + 1) * LENGTH][None] for i in range(STEPS + BEHIND)]
 
 
 def train(name: str, bits: int, folder: Path) -> list[float]:
@@ -45,15 +51,45 @@ def train(name: str, bits: int, folder: Path) -> list[float]:
     manager = optim.GlobalOptimManager.get_instance()
     manager.register_module_override(model.get_input_embeddings(), "weight", {"optim_bits": 32})
     optimizer = getattr(optim, f"{name}{bits}bit")(model.parameters(), lr=RATES[name], weight_decay=0.01)
+    return descend(model, optimizer, batches(AutoTokenizer.from_pretrained(folder))[:STEPS], f"{name} {bits} bits")
+
+
+def descend(model: Any, optimizer: Any, every: list[torch.Tensor], what: str) -> list[float]:
+    """Loss of every batch, a step after each."""
     losses: list[float] = []
-    for ids in batches(AutoTokenizer.from_pretrained(folder)):
+    for ids in every:
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        print(f"{name} {bits} bits, step {len(losses)}: {losses[-1]:.4f}", flush=True)
+        print(f"{what}, step {len(losses)}: {losses[-1]:.4f}", flush=True)
     return losses
+
+
+def all_8(text: str) -> None:
+    """Every state in 8 bits against every state in 32, with what comes after."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = assets.model_dir(print, use_hub=False)
+    every = batches(AutoTokenizer.from_pretrained(folder), text)
+    kinds = [("32", optim, 32), ("8", optim, 8)]
+    if importlib.util.find_spec("bitsandbytes"):
+        kinds.append(("8, bitsandbytes", importlib.import_module("bitsandbytes.optim"), 8))
+    for name in ("AdamW", "AdEMAMix"):
+        for label, source, bits in kinds:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            optimizer = getattr(source, f"{name}{bits}bit")(model.parameters(), lr=RATES[name], weight_decay=0.01)
+            losses = descend(model, optimizer, every[:STEPS], f"{name} {label}")
+            with torch.no_grad():
+                behind = [model(input_ids=ids, labels=ids).loss.item() for ids in every[STEPS:]]
+            means = sum(losses[-LAST:]) / LAST, sum(behind) / BEHIND
+            fresh = not ALL_8.exists()
+            with ALL_8.open("a", newline="") as file:
+                writer = csv.writer(file)
+                if fresh:
+                    writer.writerow(["optimizer", "states", "text", "last_ten", "next_16"])
+                writer.writerow([name, label, text, *(f"{mean:.5f}" for mean in means)])
 
 
 def run() -> None:
@@ -120,7 +156,12 @@ def main() -> int:
     """Train unless told not to; plot; fail if 8 bits cost more than 1 %."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", action="store_true", help="train nothing")
-    if not parser.parse_args().plot:
+    parser.add_argument("--all-8", metavar="TEXT", help="an address, such as 1946-Truman-1")
+    given = parser.parse_args()
+    if given.all_8:
+        all_8(given.all_8)
+        return 0
+    if not given.plot:
         run()
     good = report()
     plot()
