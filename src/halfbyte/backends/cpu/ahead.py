@@ -5,24 +5,20 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from halfbyte.backends.cpu import compiler, host, threads
-from halfbyte.backends.cpu.call import DTYPES, kernel
-from halfbyte.backends.cpu.fused import tiles_in_use
+from halfbyte.backends.cpu import compiler, fused, host, threads, tiled
+from halfbyte.backends.cpu.call import DTYPES, Variant, kernel
 from halfbyte.backends.cpu.kernels.level import CHUNK
 from halfbyte.formats import DEFAULT_BLOCKSIZE_4BIT
 
 __all__ = ["plan", "warmup"]
 
 
-def plan(
-    dtypes: Sequence[torch.dtype], blocksizes: Sequence[int], nested: Sequence[bool]
-) -> list[tuple[str, dict[str, Any]]]:
+def plan(dtypes: Sequence[torch.dtype], blocksizes: Sequence[int], nested: Sequence[bool]) -> list[Variant]:
     """Kernels and variants of a 4-bit model: loading (quantize), decoding, prompts and the backward pass."""
-    found: list[tuple[str, dict[str, Any]]] = []
+    found: list[Variant] = []
     halves = sorted({blocksize < CHUNK for blocksize in blocksizes})
     for dtype in (DTYPES[one] for one in dtypes):
         found.append(("quantize_4bit", {"dtype": dtype, "coding": "rank", "buckets": host.level().wide_lookup}))
@@ -33,9 +29,10 @@ def plan(
             ]
             found += [
                 ("product_4bit", {"dtype": dtype, "nested": double, "halves": half, "tile": tile})
-                for tile in tiles_in_use()
+                for tile in fused.tiles_in_use()
             ]
-        found += [("prepare", {"dtype": dtype, "tile": tile}) for tile in tiles_in_use()]
+        found += [("prepare", {"dtype": dtype, "tile": tile}) for tile in fused.tiles_in_use()]
+        found += _wide(dtype, blocksizes, nested)
     if any(nested):
         found += [
             ("quantize_blockwise", {"dtype": "f32", "repeats": False}),
@@ -46,6 +43,19 @@ def plan(
             ("dequantize_4bit", {"dtype": "f32", "nested": double, "halves": half, "exact": False})
             for double, half in itertools.product(nested, halves)
         ]
+    return [one for i, one in enumerate(found) if one not in found[:i]]
+
+
+def _wide(dtype: str, blocksizes: Sequence[int], nested: Sequence[bool]) -> list[Variant]:
+    """Kernels that only some levels have: rows of 128 codes for a few activations, the matrix unit for more."""
+    level, found = host.level(), list[Variant]()
+    for double, blocksize in itertools.product(nested, blocksizes):
+        if level.wide_rows:
+            for batch in range(1, fused.ROWS_BATCH + 1):
+                found += fused.row_variants(level, dtype, double, fused.blocks_of(blocksize), batch)
+        if level.matrix and dtype == "bf16":
+            for wide, whole in {(1, True), (tiled.WIDE, True), (tiled.WIDE, False)}:
+                found += tiled.variants(double, blocksize < CHUNK, wide, whole)
     return found
 
 

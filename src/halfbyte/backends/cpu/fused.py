@@ -8,14 +8,14 @@ import functools
 from torch import Tensor
 
 from halfbyte.backends.cpu import host, threads
-from halfbyte.backends.cpu.call import DTYPES, Kernel, kernel
+from halfbyte.backends.cpu.call import DTYPES, Kernel, Variant, kernel
 from halfbyte.backends.cpu.kernels import rows
 from halfbyte.backends.cpu.kernels.level import CHUNK, Level
 from halfbyte.backends.cpu.kernels.product import ROWS
 from halfbyte.backends.cpu.weight import Weight
 from halfbyte.backends.cpu.workspace import scratch
 
-__all__ = ["ROWS_BATCH", "by_chunks", "by_rows", "takes_rows", "tiles_in_use"]
+__all__ = ["ROWS_BATCH", "blocks_of", "by_chunks", "by_rows", "row_variants", "takes_rows", "tiles_in_use"]
 
 PANEL_BYTES = 16 << 10
 """Activations that a tile works on at a time: half of the smallest first-level cache."""
@@ -32,12 +32,17 @@ def takes_rows(batch: int, columns: int) -> bool:
     return batch <= ROWS_BATCH and columns % rows.WIDE == 0 and host.level().wide_rows
 
 
+def blocks_of(blocksize: int) -> int:
+    """Blocks that 128 codes belong to."""
+    return max(1, rows.WIDE // blocksize)
+
+
 def by_rows(activations: Tensor, weight: Weight, out: Tensor) -> None:
     """Very few activations: several rows at a time, 128 codes in one register."""
     batch, columns = activations.shape
     level = host.level()
     dtype = DTYPES[activations.dtype]
-    blocks = max(1, rows.WIDE // weight.blocksize)
+    blocks = blocks_of(weight.blocksize)
     prepare, product, pairs = _row_kernels(level, dtype, weight.scales.nested, blocks, batch)
     x, groups = scratch(batch * columns * (2 if pairs else 4)), columns // rows.WIDE
     prepare(batch, activations.data_ptr(), x, activations.stride(0) * activations.element_size(), groups)
@@ -61,12 +66,18 @@ def by_rows(activations: Tensor, weight: Weight, out: Tensor) -> None:
 
 @functools.cache
 def _row_kernels(level: Level, dtype: str, nested: bool, blocks: int, tile: int) -> tuple[Kernel, Kernel, bool]:
+    prepare, product = (kernel(name, **variant) for name, variant in row_variants(level, dtype, nested, blocks, tile))
+    return prepare, product, level.kind(dtype) == "dot"
+
+
+def row_variants(level: Level, dtype: str, nested: bool, blocks: int, tile: int) -> list[Variant]:
+    """The two kernels of :func:`by_rows` for ``tile`` activations of ``dtype``; ``blocks`` share 128 codes."""
     pairs = level.kind(dtype) == "dot"
-    prepare = kernel("prepare_rows", dtype=dtype, pairs=pairs, tile=tile)
-    product = kernel(
-        "product_rows", dtype=dtype, nested=nested, blocks=blocks, pairs=pairs, together=TOGETHER, tile=tile
-    )
-    return prepare, product, pairs
+    product = {"nested": nested, "blocks": blocks, "pairs": pairs, "together": TOGETHER, "tile": tile}
+    return [
+        ("prepare_rows", {"dtype": dtype, "pairs": pairs, "tile": tile}),
+        ("product_rows", {"dtype": dtype, **product}),
+    ]
 
 
 def by_chunks(activations: Tensor, weight: Weight, out: Tensor) -> None:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.backends.cpu import host, threads
-from halfbyte.backends.cpu.call import Kernel, kernel
+from halfbyte.backends.cpu.call import Kernel, Variant, kernel
 from halfbyte.backends.cpu.kernels import tiles
 from halfbyte.backends.cpu.kernels.level import CHUNK, Level
 from halfbyte.backends.cpu.weight import Weight
 from halfbyte.backends.cpu.workspace import scratch
 
-__all__ = ["multiply", "takes"]
+__all__ = ["WIDE", "multiply", "takes", "variants"]
 
 LEAST = 4
 """Activations from which tiles are faster than vectors."""
@@ -68,10 +68,15 @@ def _plan(batch: int, rows: int, chunks: int, count: int) -> _Plan:
 
 @functools.cache
 def _kernels(level: Level, nested: bool, halves: bool, wide: int, whole: bool) -> tuple[Kernel, Kernel]:
-    product = kernel(
-        "product_tiles", nested=nested, halves=halves, high=HIGH, wide=wide, whole=whole, unroll=UNROLL, mixed=MIXED
-    )
-    return kernel("prepare_tiles"), product
+    del level  # what the kernels are kept by
+    prepare, product = (kernel(name, **variant) for name, variant in variants(nested, halves, wide, whole))
+    return prepare, product
+
+
+def variants(nested: bool, halves: bool, wide: int, whole: bool) -> list[Variant]:
+    """The two kernels for ``wide`` tiles of activations at a time; ``whole`` if there are no more."""
+    shape = {"high": HIGH, "wide": wide, "whole": whole, "unroll": UNROLL, "mixed": MIXED}
+    return [("prepare_tiles", {}), ("product_tiles", {"nested": nested, "halves": halves, **shape})]
 
 
 def multiply(activations: Tensor, weight: Weight, out: Tensor) -> None:
