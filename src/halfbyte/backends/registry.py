@@ -24,6 +24,7 @@ __all__ = [
     "explain",
     "implements",
     "kernel",
+    "listened",
     "prepare",
     "register",
     "select",
@@ -203,13 +204,13 @@ def undisturbed(tensor: torch.Tensor) -> bool:
 
     The dispatcher costs a Python op about 9 µs a call, as much as a whole matrix-vector product takes on a GPU.
     """
-    return (
-        type(tensor) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and not _dispatch_modes()
-        and not _function_modes()
-        and _transforms() is None
-        and not torch._C._get_tracing_state()  # pyright: ignore[reportPrivateUsage]
+    return type(tensor) is torch.Tensor and not torch.compiler.is_compiling() and not listened()
+
+
+def listened() -> bool:
+    """Whether a mode, a transform or a tracer wants to hear of every op."""
+    return bool(
+        _dispatch_modes() or _function_modes() or _transforms() is not None or torch._C._get_tracing_state()  # pyright: ignore[reportPrivateUsage]
     )
 
 

@@ -20,6 +20,7 @@ from halfbyte.quant_state import QuantState, changes
 __all__ = ["Repeated"]
 
 _DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass  # pyright: ignore[reportPrivateUsage]
+_is_grad_enabled = torch.is_grad_enabled
 SHAPES = 32
 """Shapes of activations that a layer remembers."""
 
@@ -53,25 +54,34 @@ class Repeated:
         return type(None), ()
 
     def product(self, layer: Any, x: Tensor) -> Tensor | None:
-        """The layer's result, None where this is not, in every respect, a call that was made before."""
+        """The layer's result, None where this is not, in every respect, a call that was made before.
+
+        One long function: in a large model every frame here is entered some hundred times for each token.
+        """
         call = self._calls.get(x.shape)
-        if call is None or x.dtype is not self._dtype or x.device != self._device:
+        if call is None or x.dtype is not self._dtype or x.device != self._device or type(x) is not Tensor:
             return None
         parameters = layer._parameters
-        bias = parameters["bias"]
-        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        weight, bias = parameters["weight"], parameters["bias"]
+        if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return None
-        if layer.compute_dtype is not self._compute_dtype or not x.is_contiguous() or not registry.undisturbed(x):
+        if not x.is_contiguous() or layer.compute_dtype is not self._compute_dtype or registry.listened():
             return None
-        return call(x) if self._holds(parameters["weight"], bias) else None
+        return call(x) if self._holds(weight, bias) else None
 
     def _holds(self, weight: Any, bias: Tensor | None) -> bool:
         """Whether the layer's tensors are where they were."""
         if weight is None or weight is not self._weight() or bias is not (None if self._bias is None else self._bias()):
             return False
         state = getattr(weight, "quant_state", None)
-        if state is None or state is not self._state() or _addresses(weight, state, bias) != self._addresses:
+        if state is None or state is not self._state():
             return False
+        packed, absmax, bias_address = self._addresses
+        with _DisableTorchFunctionSubclass():  # the parameter's own __torch_function__ would answer every question
+            if weight.data_ptr() != packed or state.absmax.data_ptr() != absmax:
+                return False
+            if (0 if bias is None else bias.data_ptr()) != bias_address:
+                return False
         if changes() != self._changes:  # some state's attribute was set: of this one?
             if _format(state) != self._format:
                 return False
@@ -112,7 +122,7 @@ class Repeated:
 
 
 def _addresses(weight: Tensor, state: QuantState, bias: Tensor | None) -> tuple[int, int, int]:
-    with _DisableTorchFunctionSubclass():  # the parameter's own __torch_function__ would answer every question
+    with _DisableTorchFunctionSubclass():
         return weight.data_ptr(), state.absmax.data_ptr(), 0 if bias is None else bias.data_ptr()
 
 

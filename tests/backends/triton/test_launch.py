@@ -29,6 +29,17 @@ def test_the_installed_triton_calls_compiled_kernels_as_the_launcher_does() -> N
     ) in source
 
 
+@pytest.mark.skipif(launch._version != (3, 6), reason="only there the launcher goes around CudaLauncher.__call__")
+def test_the_installed_triton_starts_kernels_as_the_launcher_does() -> None:
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    source = re.sub(r"\s+", " ", inspect.getsource(CudaLauncher.__call__))
+    assert (
+        "self.launch(gridX, gridY, gridZ, stream, function, self.launch_cooperative_grid, self.launch_pdl, "
+        "global_scratch, profile_scratch, *args)"
+    ) in source
+
+
 KERNELS = {
     **gemm.fused_kernels(),
     "sum": gemm_portable._sum_partial_kernel,
@@ -51,11 +62,18 @@ def test_batches_of_one_bucket_share_a_compiled_kernel(name: str) -> None:
 def compiled_kernel(monkeypatch: pytest.MonkeyPatch) -> tuple[launch.Launcher, list[tuple[object, ...]]]:
     calls: list[tuple[object, ...]] = []
 
-    class Compiled:
-        function, packed_metadata = "function", "metadata"
+    class Run:
+        global_scratch_size = profile_scratch_size = 0
+        launch_cooperative_grid, launch_pdl = "cooperative", "pdl"
 
-        def run(self, *args: object) -> None:
+        def __call__(self, *args: object) -> None:
             calls.append(args)
+
+        def launch(self, *args: object) -> None:
+            calls.append(("bare", *args))
+
+    class Compiled:
+        function, packed_metadata, run = "function", "metadata", Run()
 
     class Kernel:
         def __getitem__(self, grid: object) -> object:
@@ -75,8 +93,12 @@ def test_a_second_call_goes_straight_to_the_compiled_kernel(monkeypatch: pytest.
     assert calls == [(2, 1, 1, 99, "function", "metadata", None, None, None, 4096, 7, 16, True)]
 
 
-def test_a_repeated_launch_passes_what_the_ordinary_one_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", [(3, 6), (3, 9)])
+def test_a_repeated_launch_passes_what_the_ordinary_one_passes(
+    monkeypatch: pytest.MonkeyPatch, version: tuple[int, int]
+) -> None:
     launcher, calls = compiled_kernel(monkeypatch)
+    monkeypatch.setattr(launch, "_version", version)
     packed, absmax, pairs, x = (torch.zeros(64) for _ in range(4))
     fixed = ((2, 3, 1), 1, (1, 8), (packed,), (absmax, None), (pairs,), (7, 8))
     assert launcher.repeated(*fixed) is None
@@ -86,7 +108,9 @@ def test_a_repeated_launch_passes_what_the_ordinary_one_passes(monkeypatch: pyte
     out = call(x)
     assert out is not None
     assert (out.shape, out.dtype) == ((1, 8), x.dtype)
-    head = (2, 3, 1, 91, "function", "metadata", None, None, None)
+    head: tuple[object, ...] = (2, 3, 1, 91, "function", "metadata", None, None, None)
+    if version == (3, 6):
+        head = ("bare", 2, 3, 1, 91, "function", "cooperative", "pdl", None, None, "metadata", None, None, None)
     pointers = (packed.data_ptr(), x.data_ptr(), absmax.data_ptr(), None, out.data_ptr(), pairs.data_ptr())
     assert calls == [(*head, *pointers, 7, 8, 16, True)]
 

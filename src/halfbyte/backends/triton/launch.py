@@ -54,6 +54,17 @@ def on_its_device(call: Callable[[Tensor], Any], index: int) -> Callable[[Tensor
     return guarded
 
 
+def _starter(run: Any, function: Any, metadata: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What starts a compiled kernel, and what it takes between the stream and the kernel's arguments.
+
+    In Triton 3.6 ``run`` looks for scratch memory and calls ``run.launch``; a kernel that needs none goes there at once.
+    """
+    if _version != (3, 6) or run.global_scratch_size or run.profile_scratch_size:
+        return run, (function, metadata, None, None, None)
+    flags = (run.launch_cooperative_grid, run.launch_pdl)
+    return run.launch, (function, *flags, None, None, metadata, None, None, None)
+
+
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch through Triton's own call on the current device and stream."""
     kernel[grid](*args, **options)
@@ -123,8 +134,9 @@ class Launcher:
         """
         if self._run is None:
             return None
-        run, stream = self._run, torch._C._cuda_getCurrentRawStream  # pyright: ignore[reportPrivateUsage]
-        first = (self._function, self._metadata, None, None, None, *(tensor.data_ptr() for tensor in before))
+        stream = torch._C._cuda_getCurrentRawStream  # pyright: ignore[reportPrivateUsage]
+        run, fixed = _starter(self._run, self._function, self._metadata)
+        first = (*fixed, *(tensor.data_ptr() for tensor in before))
         middle = tuple(None if tensor is None else tensor.data_ptr() for tensor in between)
         last = (*(tensor.data_ptr() for tensor in after), *numbers, *self._constants)
         x_grid, y_grid, z_grid = grid
