@@ -57,7 +57,7 @@ def on_its_device(call: Callable[[Tensor], Any], index: int) -> Callable[[Tensor
 def _starter(run: Any, function: Any, metadata: Any) -> tuple[Any, tuple[Any, ...]]:
     """What starts a compiled kernel, and what it takes between the stream and the kernel's arguments.
 
-    In Triton 3.6 ``run`` looks for scratch memory and calls ``run.launch``; a kernel that needs none goes there at once.
+    In Triton 3.6 ``run`` makes scratch memory and calls ``run.launch``; a kernel that needs none goes there at once.
     """
     if _version != (3, 6) or run.global_scratch_size or run.profile_scratch_size:
         return run, (function, metadata, None, None, None)
