@@ -28,14 +28,16 @@ TILE_KEYS = {"kind", "batch", "rows", "unroll", "k_warps", "n_warps", "split", "
 @pytest.mark.parametrize("name", FILES)
 def test_a_tuning_file_has_the_schemas_keys_and_its_own_architecture(name: str) -> None:
     document: dict[str, Any] = json.loads((FOLDER / name).read_text(encoding="utf-8"))
-    assert set(document) == {"arch", "device", "measured", "tiles", "fused"}
+    assert set(document) == {
+        "arch", "device", "measured", "tiles", "fused", "backward", "fused_backward"
+    }  # fmt: skip
     assert f"{document['arch']}.json" == name
-    for entry in document["tiles"]:
+    for entry in document["tiles"] + document["backward"]:
         assert set(entry) == {"batch", "n", "k", "tile"}
-        assert set(entry["tile"]) - {"per_sm", "relay"} == TILE_KEYS
+        assert set(entry["tile"]) - {"per_sm"} == TILE_KEYS
         assert entry["batch"] in tuning.FUSED_BATCHES
         assert entry["tile"]["batch"] >= min(entry["batch"], 8) or entry["tile"]["kind"] != "register"
-    for entry in document["fused"]:
+    for entry in document["fused"] + document["fused_backward"]:
         assert set(entry) == {"n", "k", "up_to"}
 
 
@@ -43,8 +45,9 @@ def test_a_tuning_file_has_the_schemas_keys_and_its_own_architecture(name: str) 
 def test_the_tiles_of_a_file_fit_the_multiprocessors_shared_memory(name: str) -> None:
     table = tuning.read(name.removesuffix(".json"))
     assert table is not None
-    for entry in table.entries:
-        assert entry.tile.shared_bytes() + (32 << 10) * entry.tile.table <= 227 << 10, entry
+    for entry in table.entries + table.backward:
+        decoding = (32 << 10) * (entry.tile.table and entry.tile.kind != "decoded")
+        assert entry.tile.per_sm * (entry.tile.shared_bytes() + decoding) <= 227 << 10, entry
 
 
 @pytest.mark.parametrize("gpu", [HOPPER, ADA], ids=lambda gpu: gpu.arch)
@@ -67,9 +70,25 @@ def test_a_measured_shape_lends_its_tile_to_its_neighbours_only() -> None:
     assert tuning.tile_for(ADA, 1, 4096, 4096) == tuning.closed_form(ADA, 1, 4096, 4096)
 
 
+def test_the_backward_of_few_rows_takes_the_smallest_buckets_tile_and_that_of_many_slices() -> None:
+    table = tuning.read("sm_90")
+    assert table is not None
+    measured = {(entry.batch, entry.n, entry.k): entry.tile for entry in table.backward}
+    assert tuning.backward_tile_for(HOPPER, 1, 4096, 4096) == measured[128, 4096, 4096]
+    assert tuning.backward_tile_for(HOPPER, 1 << 20, 4096, 4096) is None
+    assert tuning.backward_tile_for(ADA, 1, 4096, 4096) is None
+
+
 @pytest.mark.parametrize(
     "change",
-    [{"rows": 24}, {"k_warps": 32}, {"kind": "other"}, {"unroll": 8}, {"kind": "warpgroup", "n_warps": 2, "rows": 32}],
+    [
+        {"rows": 24},
+        {"k_warps": 32},
+        {"kind": "other"},
+        {"unroll": 8},
+        {"kind": "warpgroup", "n_warps": 2, "rows": 32},
+        {"kind": "decoded", "n_warps": 4, "k_warps": 1, "rows": 64},
+    ],
     ids=str,
 )
 def test_a_tile_that_no_kernel_has_is_refused(change: dict[str, Any]) -> None:
