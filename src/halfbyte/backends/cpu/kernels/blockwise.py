@@ -40,6 +40,8 @@ def emit_quantize(e: Emitter, level: Level, *, dtype: str, repeats: bool) -> Non
             factors = walk.factors(scale)
             for condition, scaling in walk.scalings(scale, factors):
                 with e.when(condition), e.loop(0, blocksize, UNIT) as unit:
+                    for line in range(0, UNIT * ITEMSIZE[dtype], 64):  # of the next block, whose absmax comes first
+                        e.prefetch(address + (blocksize + unit) * ITEMSIZE[dtype] + line)
                     values = walk.load_unit(address + unit * ITEMSIZE[dtype])
                     codes = [_code(e, level, walk.scaled(value, scaling), buckets, shift, repeats) for value in values]
                     e.store(level.narrow(e, codes), out + block * blocksize + unit)
