@@ -25,6 +25,11 @@ __all__ = ["GroupedPlan", "gemm_4bit_grouped", "group_rows", "tile_bound"]
 COUNTED_ROWS = 4096
 """Rows up to which one launch sorts them by counting; beyond, torch sorts."""
 
+PLACED, COMPARED = 32, 128
+"""Rows that a program of that launch places, and with how many others it compares them at a time."""
+
+_sorters: dict[tuple[Any, ...], Launcher] = {}
+
 
 def tile_bound(rows: int, count: int, batch: int) -> int:
     """Tiles of up to ``batch`` rows that ``rows`` rows of ``count`` experts and of none can make at most.
@@ -61,22 +66,18 @@ def group_rows(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return order.int(), torch.searchsorted(keys, each, right=True, out_int32=True)
     order = torch.empty(rows, dtype=torch.int32, device=flat.device)
     ends = torch.empty(count, dtype=torch.int32, device=flat.device)
-    mine, others = 32, 128
-    row_programs = -(-rows // mine)
-    with on_device(flat.device.index):
-        start(
-            _group_rows_kernel,
-            (row_programs + -(-count // mine),),
-            flat,
-            order,
-            ends,
-            rows,
-            count,
-            row_programs,
-            mine,
-            others,
-            num_warps=4,
-        )
+    numbers = (rows, count, -(-rows // PLACED))
+    grid = (numbers[2] + -(-count // PLACED), 1, 1)
+    index = flat.device.index
+    key = (flat.dtype, index, flat.data_ptr() % 16 == 0)
+    launcher = _sorters.get(key)
+    if launcher is None:
+        launcher = _sorters[key] = Launcher(_group_rows_kernel, (PLACED, COMPARED), num_warps=4)
+    with on_device(index):
+        if launcher.compiled():
+            launcher.direct(grid, raw_stream(index), flat.data_ptr(), order.data_ptr(), ends.data_ptr(), *numbers)
+        else:
+            launcher.ordinary(grid, flat, order, ends, *numbers)
     return order, ends
 
 
@@ -131,6 +132,7 @@ class GroupedPlan:
             self._launcher.ordinary(self._grid, *tensors, *self._numbers)
 
 
+MOST_PLANS = 4096
 _plans: dict[tuple[Any, ...], GroupedPlan] = {}
 
 
@@ -183,6 +185,8 @@ def gemm_4bit_grouped(
             )  # fmt: skip
             plan = _plans.get(key)
             if plan is None:
+                if len(_plans) >= MOST_PLANS:  # every number of rows has one
+                    _plans.clear()
                 plan = _plans[key] = GroupedPlan(
                     tile_for(gpu, rows, count, k), rows, count, n, k,
                     x_stride=x.stride(0), repeat=repeat, blocksize=blocksize,

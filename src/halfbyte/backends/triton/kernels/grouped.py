@@ -6,7 +6,7 @@ import triton.language as tl
 __all__ = ["_gemm_4bit_grouped_portable_kernel", "_group_rows_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "E", "row_programs"])
 def _group_rows_kernel(experts, order, ends, S, E, row_programs, MINE: tl.constexpr, OTHERS: tl.constexpr):
     """The stable sort of up to a few thousand numbers below E in one launch: every row counts those before it.
 
