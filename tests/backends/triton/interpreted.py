@@ -58,7 +58,7 @@ for name in ("nf4", "fp4", "af4"):
     book = codebook(name)
     cells = device.cells_of(book)
     entries = torch.from_numpy(cells.entries)
-    for numel, blocksize in ((1, 64), (4097, 64), (1000, 32), (5001, 4096), (640, 128)):
+    for numel, blocksize in ((1, 64), (4097, 64), (4096, 64), (1000, 32), (5001, 4096), (640, 128)):
         x = hard(numel)
         if numel == 640:  # exact midpoints and levels, which decide ties
             x[:] = 0.01
@@ -70,7 +70,7 @@ for name in ("nf4", "fp4", "af4"):
         span = 4096
         _quantize_4bit_kernel[(-(-numel // span),)](
             x, packed, absmax, entries, numel, blocksize, span // blocksize, cells.per_unit,
-            book.sign_bit is not None, book.zero_code,
+            book.sign_bit is not None, book.zero_code, numel % span != 0,
         )  # fmt: skip
         expect("quantize", torch.equal(packed, packed_ref) and same(absmax, absmax_ref), name, numel, blocksize)
         for dtype in (torch.float32, torch.float16):  # the interpreter truncates to bf16

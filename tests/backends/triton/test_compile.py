@@ -207,7 +207,7 @@ PLAIN = {
     "quantize_4bit": (
         quantize_kernels._quantize_4bit_kernel,
         {"values": "*bf16", "packed": "*u8", "absmax": "*fp32", "cells": "*i64", "numel": "i64"},
-        {"BLOCKSIZE": 64, "ROWS": 32, "PER_UNIT": 16.0, "SIGN": False, "ZERO_CODE": 7},
+        {"BLOCKSIZE": 64, "ROWS": 32, "PER_UNIT": 16.0, "SIGN": False, "ZERO_CODE": 7, "MASKED": True},
         ("numel",),
     ),
     "cells_8bit": (

@@ -43,6 +43,7 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: tor
                 per_unit,
                 book.sign_bit is not None,
                 book.zero_code,
+                numel % (rows * blocksize) != 0,
                 num_warps=4 if blocksize <= SPAN else 8,
                 enable_fp_fusion=False,
             )

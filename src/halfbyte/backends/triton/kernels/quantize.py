@@ -33,20 +33,26 @@ def _scale_rows(values):
 def _quantize_4bit_kernel(
     values, packed, absmax, cells, numel,
     BLOCKSIZE: tl.constexpr, ROWS: tl.constexpr, PER_UNIT: tl.constexpr, SIGN: tl.constexpr, ZERO_CODE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Codes and absmax of ROWS blocks. ``cells``: 128 words, the midpoint's bits below two 4-bit codes (below, above).
 
     Cell number: the nearest integer of PER_UNIT times the scaled value, plus 64 (SIGN: of its magnitude, plus 0).
+    MASKED: the last program is not full.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS
-    left = tl.minimum(numel - row * BLOCKSIZE, ROWS * BLOCKSIZE).to(tl.int32)
     values += row * BLOCKSIZE
     packed += row * (BLOCKSIZE // 2)
     rows = tl.arange(0, ROWS)
     place = rows[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
-    inside = place < left
-    scaled, scales = _scale_rows(tl.load(values + place, mask=inside, other=0.0).to(tl.float32))
-    tl.store(absmax + row + rows, scales, mask=rows * BLOCKSIZE < left)
+    if MASKED:
+        left = tl.minimum(numel - row * BLOCKSIZE, ROWS * BLOCKSIZE).to(tl.int32)
+        inside = place < left
+        scaled, scales = _scale_rows(tl.load(values + place, mask=inside, other=0.0).to(tl.float32))
+        tl.store(absmax + row + rows, scales, mask=rows * BLOCKSIZE < left)
+    else:
+        scaled, scales = _scale_rows(tl.load(values + place).to(tl.float32))
+        tl.store(absmax + row + rows, scales)
     # The maximum with a number turns NaN into the lowest rank; adding 1.5*2**23 leaves the nearest integer in the low
     # bits.
     if SIGN:
@@ -62,10 +68,14 @@ def _quantize_4bit_kernel(
     code = ((cell >> 32).to(tl.int32) >> tl.where(key > midpoint, 4, 0)) & 15
     if SIGN:
         code |= tl.where(scaled < 0, 8, 0)
-    code = tl.where(inside, code, ZERO_CODE)
+    if MASKED:
+        code = tl.where(inside, code, ZERO_CODE)
     even, odd = tl.split(tl.reshape(code, ROWS, BLOCKSIZE // 2, 2))
     byte = rows[:, None] * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)[None, :]
-    tl.store(packed + byte, ((even << 4) | odd).to(tl.uint8), mask=byte * 2 < left)
+    if MASKED:
+        tl.store(packed + byte, ((even << 4) | odd).to(tl.uint8), mask=byte * 2 < left)
+    else:
+        tl.store(packed + byte, ((even << 4) | odd).to(tl.uint8))
 
 
 @triton.jit
