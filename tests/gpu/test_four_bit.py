@@ -147,6 +147,17 @@ def test_any_leading_strides_and_empty_batches() -> None:
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("m", [1, 100, 300])
+def test_rows_may_be_one_row_repeated_or_far_apart(m: int) -> None:
+    packed, absmax, weight = layer(4096, 4096)
+    one, wide = (torch.randn(*shape, device="cuda").bfloat16() for shape in ((1, 4096), (m, 8192)))
+    for x in (one.expand(m, -1), wide[:, :4096]):
+        got = ops.gemm_4bit(x, packed, [4096, 4096], absmax, 64, "nf4")
+        torch.testing.assert_close(got, F.linear(x, weight), rtol=2e-2, atol=2e-2)
+        grad = ops.gemm_4bit_dgrad(x, packed, [4096, 4096], absmax, 64, "nf4")
+        torch.testing.assert_close(grad, x @ weight, rtol=2e-2, atol=2e-2)
+
+
 def test_levels_may_come_as_a_tensor() -> None:
     packed, absmax, weight = layer(256, 1024)
     x = torch.randn(2, 1024, device="cuda", dtype=torch.bfloat16)

@@ -123,7 +123,11 @@ class DecodedPlan:
         if self._sum is not None:
             partial = torch.empty((self.split, self.m, self.width), dtype=torch.float32, device=out.device)
         words = self._descriptor(packed.view(-1).view(torch.int32), *self._words)
-        rows = self._descriptor(x, list(x.shape), list(x.stride()), self._block, self._layout)
+        m, terms = x.shape
+        stride = terms if m == 1 else x.stride(0)
+        if stride < terms:  # rows that overlap, as of an expanded one
+            x, stride = x.contiguous(), terms
+        rows = self._descriptor(x, [m, terms], [stride, 1], self._block, self._layout)
         if self._launcher.compiled():
             a, b, c = nested
             self._launcher.direct(
