@@ -234,7 +234,7 @@ def plot(folder: Path) -> None:
                     panel.plot(steps, [curve[k] for k in steps], label=f"{form} bits", **style)
         panel.set_title(name)
         panel.set_xlabel("step")
-        panel.set_ylim(3, 8)
+        panel.set_ylim(4.7, 7.5)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss")
     panels[0].legend()
