@@ -1,12 +1,13 @@
 """Measures the constants of ``backends/cpu`` on this machine: where slices overtake the fused product, sizes, prefetch.
 
 Usage: python benchmarks/cpu_tune.py [--threads 2]. Prints tables; the constants themselves are data in
-``backends/cpu/matmul.py`` and ``backends/cpu/kernels/product.py``.
+``backends/cpu/matmul.py``, ``fused.py``, ``tiled.py``, ``sliced.py`` and ``kernels/product.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 import common
-from halfbyte.backends.cpu import call, compiler, four_bit, host, matmul
+from halfbyte.backends.cpu import call, compiler, four_bit, fused, host, matmul, sliced, tiled
 from halfbyte.backends.cpu.kernels import product
 
 Case = Callable[[int], object]
@@ -43,9 +44,12 @@ def report(title: str, cases: dict[str, Case], seconds: float) -> None:
     )
 
 
-def with_value(owner: object, name: str, value: object, case: Case) -> Case:
+def with_values(case: Case, *settings: tuple[object, str, object]) -> Case:
+    """The case with attributes of modules set first: (module, name, value)."""
+
     def run(i: int) -> object:
-        setattr(owner, name, value)
+        for owner, name, value in settings:
+            setattr(owner, name, value)
         return case(i)
 
     return run
@@ -61,29 +65,39 @@ def main() -> None:
     weight, level = Weight(4096, 4096), host.level()
     dense = torch.randn(4096, 4096)
     print(level.name, common.facts())
-    fused, sliced = (lambda _: 1 << 30), (lambda _: 0)
-    default_tile = matmul._tile
+    always, never = (lambda _: 1 << 30), (lambda _: 0)
+    default_tile, default_least, default_rows = fused._tile, tiled.LEAST, fused.ROWS_BATCH
     for name, dtype in DTYPES.items():
         plain = dense.to(dtype)
-        for batch in (2, 4, 8, 16, 32, 64, 128):
+        for batch in (1, 2, 3, 4, 8, 16, 32, 64, 128, 512):
             x = torch.randn(batch, 4096).to(dtype)
+            multiply = functools.partial(weight.multiply, x)
             cases: dict[str, Case] = {"dense": lambda _, x=x, w=plain: torch.nn.functional.linear(x, w)}
+            vectors = with_values(multiply, (fused, "ROWS_BATCH", 0), (tiled, "LEAST", 1 << 30))
             for tile in (4, 8):
-                case = with_value(matmul, "_fused_batch", fused, lambda i, x=x: weight.multiply(x, i))
-                if batch >= tile // 2 and batch <= 64:
-                    cases[f"tile {tile}"] = with_value(matmul, "_tile", lambda _, tile=tile: tile, case)
+                if tile // 2 <= batch <= 64:
+                    one = (fused, "_tile", lambda _, tile=tile: tile)
+                    cases[f"tile {tile}"] = with_values(vectors, (matmul, "_fused_batch", always), one)
             for size in (1, 4, 16, 64):
-                case = with_value(matmul, "_fused_batch", sliced, lambda i, x=x: weight.multiply(x, i))
-                cases[f"slices {size}M"] = with_value(matmul, "SLICE_BYTES", size << 20, case)
+                slices = (sliced, "SLICE_BYTES", size << 20)
+                cases[f"slices {size}M"] = with_values(vectors, (matmul, "_fused_batch", never), slices)
+            if level.wide_rows and batch <= 4:
+                cases["rows"] = with_values(multiply, (fused, "ROWS_BATCH", 4), (fused, "_tile", default_tile))
+            if level.matrix and dtype == torch.bfloat16:
+                cases["matrix unit"] = with_values(multiply, (fused, "ROWS_BATCH", 0), (tiled, "LEAST", 1))
             report(f"{name} M={batch}", cases, args.seconds)
-    matmul._tile, matmul._fused_batch = default_tile, fused
+    fused._tile, tiled.LEAST, fused.ROWS_BATCH, matmul._fused_batch = default_tile, default_least, default_rows, always
     for name, dtype in DTYPES.items():
         x = torch.randn(8, 4096).to(dtype)
         sizes = {
-            f"panel {size}K": with_value(matmul, "PANEL_BYTES", size << 10, lambda i, x=x: weight.multiply(x, i))
+            f"panel {size}K": with_values(
+                lambda i, x=x: weight.multiply(x, i), (fused, "PANEL_BYTES", size << 10), (tiled, "LEAST", 1 << 30)
+            )
             for size in (8, 16, 24, 32, 1024)
         }
         report(f"{name} M=8", sizes, args.seconds)
+    if level.wide_rows:
+        return  # the kernel below serves one activation only where rows do not
     for name, dtype in DTYPES.items():
         x = torch.randn(1, 4096).to(dtype)
         cases = {}
@@ -102,12 +116,13 @@ def _variant(name: str) -> tuple[tuple[str, object], ...]:
 
 
 def _once(function: call.Kernel, x: torch.Tensor, weight: Weight) -> Case:
-    real = matmul.kernel
+    real = fused._chunk_kernels
 
-    def chosen(name: str, **variant: object) -> call.Kernel:
-        return function if name == "product_4bit" else real(name, **variant)
+    def chosen(*key: object) -> tuple[call.Kernel, call.Kernel, int]:
+        prepare, _, size = real(*key)
+        return prepare, function, size
 
-    return with_value(matmul, "kernel", chosen, lambda i: weight.multiply(x, i))
+    return with_values(lambda i: weight.multiply(x, i), (fused, "_chunk_kernels", chosen))
 
 
 if __name__ == "__main__":
