@@ -1,4 +1,4 @@
-"""torch.compile without graph breaks and torch.export of whole quantized models, training steps included."""
+"""Models loaded by transformers: 8 bits without graph breaks, 4 bits through inductor, exported programs on disk."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from tests.integrations.conftest import saved, tiny_llama
 from tests.integrations.test_offload import config
-
-each_width = pytest.mark.parametrize("bits", [4, 8])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def close(found: Tensor, expected: Tensor, bits: int) -> bool:
     return bool((found - expected).norm() < (1e-5 if bits == 4 else 1e-2) * expected.norm())
 
 
-@pytest.mark.parametrize(("bits", "backend"), [(4, "aot_eager"), (8, "aot_eager"), (4, "inductor")])
+@pytest.mark.parametrize(("bits", "backend"), [(8, "aot_eager"), (4, "inductor")])
 def test_a_whole_model_compiles_without_graph_breaks(bits: int, backend: str, tiny_dir: Path, ids: Tensor) -> None:
     model = load(tiny_dir, bits)
     with torch.no_grad():
@@ -54,11 +52,10 @@ def test_a_whole_model_compiles_without_graph_breaks(bits: int, backend: str, ti
         assert close(compiled(ids).logits, expected, bits)
 
 
-@each_width
-def test_a_training_step_compiles_without_graph_breaks(bits: int, tiny_dir: Path, ids: Tensor) -> None:
+def test_a_training_step_in_8_bits_compiles_without_graph_breaks(tiny_dir: Path, ids: Tensor) -> None:
     def gradients(compile_it: bool) -> Tensor:
         torch.manual_seed(0)
-        model = get_peft_model(load(tiny_dir, bits), LoraConfig(r=4, target_modules=["q_proj", "up_proj"])).train()
+        model = get_peft_model(load(tiny_dir, 8), LoraConfig(r=4, target_modules=["q_proj", "up_proj"])).train()
         for parameter in model.parameters():
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.05)
@@ -70,7 +67,7 @@ def test_a_training_step_compiles_without_graph_breaks(bits: int, tiny_dir: Path
         step(ids).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
-    assert close(gradients(True), gradients(False), bits)
+    assert close(gradients(True), gradients(False), 8)
 
 
 def test_a_whole_4bit_model_is_exported_saved_and_loaded(tiny_dir: Path, ids: Tensor) -> None:

@@ -281,7 +281,7 @@ def _widen(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (_poison, "v_proj: NaNs detected"),
+        (_poison, "v_proj: base and adapter add up to NaN or inf"),
         (_drop, "lacks model.layers.0.self_attn.q_proj.lora_A"),
         (_rename, "1 weights that the base model has no place for"),
         (_widen, "does not fit the base model"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -141,20 +142,25 @@ class Adapter:
                 f"{path}.weight has shape {tuple(weight.shape)}", expected=f"{tuple(base.weight.shape)}, by config.json"
             )
         before = base.weight, getattr(base, "bias", None)
-        base.weight = torch.nn.Parameter(weight.detach().float().clone(), requires_grad=False)
+        base.weight = torch.nn.Parameter(weight.detach().to(torch.float32, copy=True), requires_grad=False)
         if bias is not None:
-            base.bias = torch.nn.Parameter(bias.detach().float().clone(), requires_grad=False)
+            base.bias = torch.nn.Parameter(bias.detach().to(torch.float32, copy=True), requires_grad=False)
         try:
             with torch.no_grad():
-                layer.float().merge(safe_merge=True)
-            return base.weight.detach(), None if bias is None else base.bias.detach()
+                layer.float().merge()
+            sums = base.weight.detach()
+            if not math.isfinite(float(sums.sum())):
+                raise CheckpointError(
+                    f"{path}: base and adapter add up to NaN or inf",
+                    expected="finite values",
+                    hint="one of them is damaged, or the adapter's training diverged",
+                )
+            return sums, None if bias is None else base.bias.detach()
         except NotImplementedError:
             raise UnsupportedError(
                 f"peft defines no merging for {type(layer).__module__}.{type(layer).__name__}",
                 hint="keep the adapter beside the base model",
             ) from None
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}", hint="the adapter is damaged, or its training diverged") from None
         finally:
             base.weight = before[0]
             if bias is not None:

@@ -41,7 +41,7 @@ class Base:
             raise CheckpointError(
                 f"no folder {folder}",
                 expected="the base model as a local folder",
-                hint=f"download it first: hf download {folder} --local-dir DIR",
+                hint="download it first: hf download OWNER/NAME --local-dir DIR",
             )
         file = folder / CONFIG_NAME
         try:

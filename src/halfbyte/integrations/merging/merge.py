@@ -15,7 +15,7 @@ from torch import Tensor
 from halfbyte.errors import ArgumentError, CheckpointError
 from halfbyte.integrations.merging.adapter import Adapter, Skeleton
 from halfbyte.integrations.merging.base import CONFIG_NAME, Base
-from halfbyte.integrations.merging.output import Format, ShardWriter
+from halfbyte.integrations.merging.output import Format, ShardWriter, give_back
 from halfbyte.integrations.merging.survival import LayerSurvival, Survival, measure
 
 __all__ = ["REPORT_NAME", "merge"]
@@ -115,6 +115,7 @@ class _Job:
             if name.endswith(".weight") and path in self.adapter.layers:
                 tensors, survived = self._merged(path)
                 found.append(survived)
+                give_back()
             else:
                 tensors = self._kept(name)
             writer.add(tensors)
@@ -164,14 +165,16 @@ class _Job:
         weight = replaced[name] if name in replaced else self._read(name)
         bias = replaced.get(beside, self.base.checkpoint.get(beside))
         dtype = self._dtype(weight, name)
+        # Copies in fp32 are dropped as soon as they can be: they are what a merge needs beside one file.
         sums, bias_sums = self.adapter.merged(path, weight, bias)
         tensors = self._stored(name, sums, dtype)
-        after = self._values(name, tensors)
         exact = weight.float()
+        change = sums.sub_(exact)
         before = exact if self.same else self._values(name, self._stored(name, exact, dtype))
+        survived = measure(name, before, self._values(name, tensors), change, exact)
         if bias is not None and bias_sums is not None:
             tensors[beside] = bias_sums.to(self._dtype(bias, beside))
-        return tensors, measure(name, before, after, sums - exact, exact)
+        return tensors, survived
 
     def _values(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
         if not self._quantized(name):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from halfbyte.checkpoint.reader import FILE_NAME, INDEX_NAME
 from halfbyte.errors import ArgumentError
 from halfbyte.quant_state import QuantState
 
-__all__ = ["FORMATS", "Format", "ShardWriter"]
+__all__ = ["FORMATS", "Format", "ShardWriter", "give_back"]
 
 FORMATS = ("4bit", "8bit", "bf16")
 
@@ -126,6 +129,21 @@ class Format:
             "quant_method": "bitsandbytes",
         }
         return fresh | {key: value for key, value in old.items() if key.startswith("llm_int8_") or key not in fresh}
+
+
+@cache
+def _trim() -> Any:
+    """glibc's malloc_trim; None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+
+
+def give_back() -> None:
+    """Return freed memory to the system: glibc keeps that of large tensors, in pieces that fit none of the next."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
 
 
 class ShardWriter:

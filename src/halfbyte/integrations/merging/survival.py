@@ -13,7 +13,7 @@ __all__ = ["LOST_BELOW", "LayerSurvival", "Survival", "measure"]
 LOST_BELOW = 0.5
 """Kept share of a change below which its layer counts as lost."""
 
-_PART = 2**22
+_PART = 2**20
 """Values that are compared at a time, in float64."""
 
 
