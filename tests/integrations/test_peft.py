@@ -82,8 +82,6 @@ def test_an_adapter_is_saved_loaded_merged_and_unloaded(adapter: Any, llama_dir:
     assert type(layer) is Linear4bit
     assert layer.weight.bnb_quantized
     assert layer.weight.quant_state is layer.quant_state
-    if isinstance(adapter, peft.RandLoraConfig):
-        return  # peft adds another delta than its forward pass applies; the test of the delta is below
     # Merged weights are rounded to 4 bits again: close, not equal.
     assert torch.nn.functional.cosine_similarity(merged(ids).logits.flatten(), before.flatten(), dim=0) > 0.97
 
