@@ -34,7 +34,7 @@ def test_a_tuning_file_has_the_schemas_keys_and_its_own_architecture(name: str) 
     assert f"{document['arch']}.json" == name
     for entry in document["tiles"] + document["backward"]:
         assert set(entry) == {"batch", "n", "k", "tile"}
-        assert set(entry["tile"]) - {"per_sm"} == TILE_KEYS
+        assert set(entry["tile"]) - {"per_sm", "relay"} == TILE_KEYS
         assert entry["batch"] in tuning.FUSED_BATCHES
         assert entry["tile"]["batch"] >= min(entry["batch"], 8) or entry["tile"]["kind"] != "register"
     for entry in document["fused"] + document["fused_backward"]:

@@ -22,32 +22,33 @@ PRODUCERS = 4
 
 
 @functools.lru_cache(maxsize=1)
-def decoded_kernel() -> tuple[Any, ...] | None:
-    """The kernel, the class of its tensors' descriptors, the layouts of the activation and, along and across, of the
-    packed words; None where this Triton lacks them."""
+def decoded_kernel() -> tuple[Any, Any, Any] | None:
+    """The kernel, the class of its activation's descriptor and that one's layout; None where this Triton lacks them."""
     try:
         from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         from halfbyte.backends.triton.kernels.gemm_decoded import _gemm_4bit_decoded_kernel
 
-        layouts = [gl.NVMMASharedLayout(width, bits, rank=2) for width, bits in ((128, 16), (64, 32), (128, 32))]
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     except (ImportError, AttributeError):
         return None
-    return (_gemm_4bit_decoded_kernel, TensorDescriptor, *layouts)
+    return _gemm_4bit_decoded_kernel, TensorDescriptor, layout
 
 
 def registers(tile: Tile) -> tuple[int | None, int]:
     """Registers a thread at launch (None: Triton's own choice, one program a multiprocessor), and of a decoding one.
 
-    >>> registers(Tile("decoded", 64, 128, 4, 1, 4, 1, 3, per_sm=2))
-    (128, 152)
+    >>> registers(Tile("decoded", 128, 128, 2, 1, 4, 1, 3, per_sm=2))
+    (128, 88)
     """
-    warps = tile.n_warps + PRODUCERS
+    relaying = 4 if tile.relay else 0  # one warp, and three that make up a warpgroup with it
+    warps = tile.n_warps + PRODUCERS + relaying
     each = min(256, 65536 // (tile.per_sm * 32 * warps) // 8 * 8)
     # Accumulators, and what addresses and the write-out take beside them.
     multiplying = -(-(tile.rows * tile.batch // (32 * tile.n_warps) + 40) // 8) * 8
-    decoding = min(152, (each * warps - multiplying * tile.n_warps) // PRODUCERS // 8 * 8)
+    left = each * warps - multiplying * tile.n_warps - 24 * relaying
+    decoding = min(152, left // PRODUCERS // 8 * 8)
     return (each if tile.per_sm > 1 else None), decoding
 
 
@@ -58,19 +59,7 @@ class DecodedPlan:
         split: Partial products that a second kernel sums.
     """
 
-    __slots__ = (
-        "_block",
-        "_descriptor",
-        "_grid",
-        "_launcher",
-        "_layout",
-        "_numbers",
-        "_sum",
-        "_words",
-        "m",
-        "split",
-        "width",
-    )
+    __slots__ = ("_block", "_descriptor", "_grid", "_launcher", "_layout", "_numbers", "_sum", "m", "split", "width")
 
     def __init__(
         self,
@@ -88,26 +77,19 @@ class DecodedPlan:
         found = decoded_kernel()
         if found is None:
             raise RuntimeError(f"Triton {triton.__version__} has no Gluon that halfbyte knows")
-        kernel, self._descriptor, self._layout, layout_64, layout_128 = found
+        kernel, self._descriptor, self._layout = found
         terms, self.width = (n, k) if across else (k, n)
         steps = -(-terms // STEP)
-        per_slice = -(-steps // (tile.split * tile.unroll)) * tile.unroll
+        per_slice = -(-steps // tile.split)
         self.m, self.split = m, -(-steps // per_slice)
         levels = tuple(float(level) for level in codebook(quant_type).table)
-        self._numbers = (*levels, m, n, k, k // blocksize, steps, per_slice)
+        self._numbers = (*levels, m, n, k, k // 8, k // blocksize, steps, per_slice)
         self._grid = (-(-self.width // tile.rows), self.split, -(-m // tile.batch))
         self._block = [tile.batch, STEP]
-        self._words = (
-            [n, k // 8],
-            [k // 8, 1],
-            [256, 16] if across else [128, 32],
-            layout_64 if across else layout_128,
-        )
         maxnreg, decoding = registers(tile)
-        whole = not across and blocksize == STEP and steps % tile.unroll == 0
         constants = (
-            tile.batch, blocksize, across, self.split, nested, bias and self.split == 1, whole, tile.n_warps,
-            decoding, tile.stages,
+            tile.rows, tile.batch, blocksize, across, self.split, nested, bias and self.split == 1, tile.n_warps,
+            PRODUCERS, decoding, tile.unroll, True, tile.relay, tile.stages,
         )  # fmt: skip
         options = {} if maxnreg is None else {"maxnreg": maxnreg}
         self._launcher = Launcher(kernel, constants, num_warps=tile.n_warps, enable_fp_fusion=False, **options)
@@ -122,7 +104,6 @@ class DecodedPlan:
         partial = out
         if self._sum is not None:
             partial = torch.empty((self.split, self.m, self.width), dtype=torch.float32, device=out.device)
-        words = self._descriptor(packed.view(-1).view(torch.int32), *self._words)
         m, terms = x.shape
         stride = terms if m == 1 else x.stride(0)
         if stride < terms:  # rows that overlap, as of an expanded one
@@ -133,7 +114,7 @@ class DecodedPlan:
             self._launcher.direct(
                 self._grid,
                 raw_stream(index),
-                words,
+                packed.data_ptr(),
                 rows,
                 absmax.data_ptr(),
                 None if a is None else a.data_ptr(),
@@ -144,7 +125,7 @@ class DecodedPlan:
                 *self._numbers,
             )
         else:
-            self._launcher.ordinary(self._grid, words, rows, absmax, *nested, bias, partial, *self._numbers)
+            self._launcher.ordinary(self._grid, packed, rows, absmax, *nested, bias, partial, *self._numbers)
         if self._sum is not None:
             sum_partial(self._sum, partial, bias, out, index)
 

@@ -81,11 +81,13 @@ def _warpgroup_tiles(batch: int) -> Iterator[Tile]:
 def _decoded_tiles(batch: int) -> Iterator[Tile]:
     if decoded_kernel() is None:
         return
-    rows = min(max(batch, 8), 256)
-    if rows >= 128:
-        yield from _splits(Tile("decoded", rows, 128, 4, 1, 8, 1, 4), batch)
-    else:
-        yield from _splits(Tile("decoded", rows, 128, 4, 1, 4, 1, 3, per_sm=2), batch)
+    rows = min(batch, 256)
+    for ahead in (2, 4):
+        if rows >= 128:
+            yield from _splits(Tile("decoded", rows, 128, ahead, 1, 8, 1, 4), batch)
+            yield from _splits(Tile("decoded", 128, 128, ahead, 1, 4, 1, 3, per_sm=2), batch)
+        else:
+            yield from _splits(Tile("decoded", rows, 128, ahead, 1, 4, 1, 4, per_sm=2), batch)
 
 
 def _splits(tile: Tile, batch: int) -> Iterator[Tile]:

@@ -34,13 +34,15 @@ class Tile:
             decoded into shared memory by warps of their own (Hopper).
         batch: Rows of activations of a program (BM).
         rows: Weight rows of a program (BN), a multiple of 16 times ``n_warps``.
-        unroll: Groups of 64 columns in an iteration (U); of a decoded tile: steps whose words come at once, 4.
+        unroll: Groups of 64 columns in an iteration (U); of a decoded tile: steps whose words are loaded ahead.
         k_warps: Warps that share the K axis (KW).
         n_warps: Warps that share the rows (NW).
         split: Programs that share the K axis.
         stages: Iterations in shared memory or on their way there; of the register kernel: iterations loaded ahead.
         table: Decode by the table in shared memory, else by byte permutation.
         per_sm: Programs that share a multiprocessor (decoded tiles).
+        relay: A warp of its own hands decoded stages on (decoded tiles of up to 64 accumulators a thread: the program
+            then has fewer registers a thread to start with).
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Tile:
     stages: int
     table: bool = True
     per_sm: int = 1
+    relay: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "rows", "unroll", "k_warps", "n_warps"):
@@ -69,15 +72,13 @@ class Tile:
             raise ArgumentError(f"a tile of {self.k_warps}x{self.n_warps} warps", expected="at most 16 warps")
         if self.unroll > 4 or self.split < 1 or not 0 <= self.stages <= 16:
             raise ArgumentError(f"{self}", expected="unroll up to 4, split 1 or more, up to 16 stages")
-        if self.kind == "decoded" and (self.rows, self.unroll) != (128, 4):
-            raise ArgumentError(f"{self}", expected="128 rows, and steps by fours")
         if self.kind in ("warpgroup", "decoded") and (self.k_warps > 1 or self.n_warps % 4):
             raise ArgumentError(f"{self}", expected="whole warpgroups of 4 warps, none of them sharing K")
 
     def shared_bytes(self, pair: int = 2) -> int:
         """Dynamic shared memory that the buffers take, in groups of ``32 * pair`` columns."""
         if self.kind == "decoded":
-            return self.stages * (self.rows + self.batch) * STEP * 2 + 2 * self.unroll * self.rows * STEP // 2
+            return self.stages * (self.rows + self.batch) * STEP * 2
         if self.kind == "register":
             return self.k_warps * self.rows * self.batch * 4
         columns = 32 * pair * self.unroll * self.k_warps

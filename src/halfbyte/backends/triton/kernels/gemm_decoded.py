@@ -76,39 +76,10 @@ _LOOKUP_CONSTRAINTS: gl.constexpr = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 
 
 
 @gluon.constexpr_function
-def _word_layout():
-    """Words [128, 8] of blocks of 64 weights: a whole block a thread of four warps."""
-    return gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def _packed_layout(ACROSS):
-    """Words of four steps: those of a thread's blocks. [128, 32]: rows of the weight; ACROSS [256, 16]: four times 64
-    rows, two blocks of each."""
-    rows = [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0]]
-    words = [[0, 1], [0, 2], [0, 4]]
-    if ACROSS:
-        return gl.DistributedLinearLayout(words + [[64, 0], [128, 0]], rows, [[32, 0], [0, 8]], [], [256, 16])
-    return gl.DistributedLinearLayout(words + [[0, 8], [0, 16]], rows, [[32, 0], [64, 0]], [], [128, 32])
-
-
-@gluon.jit
-def _split_steps(packed, ACROSS: gl.constexpr):
-    """Words [128, 8] of each of four steps, a tuple."""
-    if ACROSS:
-        words = packed.reshape([4, 64, 2, 8]).permute((2, 1, 3, 0)).reshape([128, 8, 2, 2])
-    else:
-        words = packed.reshape([128, 4, 8]).permute((0, 2, 1)).reshape([128, 8, 2, 2])
-    even, odd = words.split()
-    w0, w2 = even.split()
-    w1, w3 = odd.split()
-    w_l: gl.constexpr = _word_layout()
-    return (
-        gl.convert_layout(w0, w_l, assert_trivial=True),
-        gl.convert_layout(w1, w_l, assert_trivial=True),
-        gl.convert_layout(w2, w_l, assert_trivial=True),
-        gl.convert_layout(w3, w_l, assert_trivial=True),
-    )
+def _word_layout(BLOCKS, WARPS):
+    """Words [BLOCKS, 8] of blocks: a whole block, or half of one, a thread."""
+    words = min(8, BLOCKS * 8 // (32 * WARPS))
+    return gl.BlockedLayout([1, words], [32 // (8 // words), 8 // words], [WARPS, 1], [1, 0])
 
 
 @gluon.jit
@@ -155,110 +126,106 @@ else:  # renamed in Triton 3.7
 
 
 @gluon.jit
-def _fetch_scales(
-    i, scales, row, base, row_blocks, N, begin, steps, BLOCK: gl.constexpr, ACROSS: gl.constexpr, WHOLE: gl.constexpr
+def _fetch(
+    i, words_ptr, scales, row, word, w_base, i_base, row_words, row_blocks, N, begin, steps,
+    BLOCK: gl.constexpr, ACROSS: gl.constexpr,
 ):  # fmt: skip
-    """absmax or its code, and the block's number, [128] each, of steps ``i`` to ``i + 3``, or of the last ones."""
-    s_l: gl.constexpr = gl.SliceLayout(1, _word_layout())
-    found = ()
-    if WHOLE:
-        four_l: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
-        start = gl.convert_layout(base, gl.SliceLayout(1, four_l), assert_trivial=True) + begin
-        index = (start + gl.minimum(i, steps - 4))[:, None] + gl.arange(0, 4, gl.SliceLayout(0, four_l))[None, :]
-        even, odd = gl.load(scales + index).reshape([128, 2, 2]).split()
-        q0, q2 = even.split()
-        q1, q3 = odd.split()
-        first = base + begin + gl.minimum(i, steps - 4)
-        found = (
-            (gl.convert_layout(q0, s_l, assert_trivial=True), first),
-            (gl.convert_layout(q1, s_l, assert_trivial=True), first + 1),
-            (gl.convert_layout(q2, s_l, assert_trivial=True), first + 2),
-            (gl.convert_layout(q3, s_l, assert_trivial=True), first + 3),
-        )
+    """Words [BLOCKS, 8], absmax or its code, and the block's number [BLOCKS] of step ``i``, or of the last one."""
+    if ACROSS:
+        at = gl.minimum(row + i * 64, N - 1)
+        index = at * row_blocks + i_base
+        first = at * row_words + w_base
     else:
-        for u in gl.static_range(4):
-            if ACROSS:
-                index = gl.minimum(row + (i + u) * 64, N - 1) * row_blocks + base
-            else:
-                index = base + (begin + gl.minimum(i + u, steps - 1)) * 64 // BLOCK
-            found = found + ((gl.load(scales + index), index),)
-    return found
+        i = gl.minimum(i, steps - 1)
+        index = i_base + (begin + i) * 64 // BLOCK
+        first = w_base + i * 8
+    return gl.load(words_ptr + (first[:, None] + word[None, :])), gl.load(scales + index), index
 
 
 @gluon.jit
 def _produce(
-    source, p_ring, w_ring, x_ring, packed, full, empty, place,
-    BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, NESTED: gl.constexpr, WHOLE: gl.constexpr,
-    STAGES: gl.constexpr,
+    source, w_ring, x_ring, written, full, empty, place,
+    BN: gl.constexpr, BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, NESTED: gl.constexpr,
+    STAGES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings: for every step of 64 terms the activation and the decoded weight."""
-    w_desc, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels = source
-    N, K, row_blocks, first, batch, begin, steps = place
+    w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels = source
+    N, K, row_words, row_blocks, first, batch, begin, steps = place
     DT: gl.constexpr = x_ring.dtype
-    p_l: gl.constexpr = _packed_layout(ACROSS)
-    block = gl.arange(0, 128, gl.SliceLayout(1, _word_layout()))
+    w_l: gl.constexpr = _word_layout(BN, WARPS)
+    block = gl.arange(0, BN, gl.SliceLayout(1, w_l))
+    word = gl.arange(0, 8, gl.SliceLayout(0, w_l))
     if ACROSS:
-        # Blocks stand column by column: the tile [64 terms, 128 columns] lies in shared memory in strips of 64 columns.
+        # Blocks stand column by column: the tile [64 terms, BN columns] lies in shared memory in strips of 64 columns.
         row = begin * 64 + block % 64
-        base = gl.minimum(first + (block // 64) * 64, K - 64) // BLOCK
+        column = gl.minimum(first + (block // 64) * 64, K - 64)
+        w_base = column // 8
+        i_base = column // BLOCK
     else:
         row = gl.minimum(first + block, N - 1)
-        base = row * row_blocks
+        w_base = row * row_words + begin * 8
+        i_base = row * row_blocks
+    words_ptr = w_ptr.cast(gl.pointer_type(gl.int32), bitcast=True)
     scales = absmax_8bit if NESTED else absmax
     if NESTED:
         offset = gl.load(absmax_offset)
-    for group in gl.static_range(2):
-        mbarrier.expect(packed.index(group), 16384)
-        at = [(begin + group * 4) * 64, first // 8] if ACROSS else [first, (begin + group * 4) * 8]
-        _load_tile(w_desc, at, packed.index(group), p_ring.index(group))
-    ahead = _fetch_scales(0, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE)
+    queue = ()
+    for i in gl.static_range(AHEAD):
+        queue = queue + (
+            _fetch(
+                i, words_ptr, scales, row, word, w_base, i_base, row_words, row_blocks, N, begin, steps, BLOCK, ACROSS
+            ),
+        )
     stage = 0
     phase = 1
-    half = 0
-    half_phase = 0
-    for i in range(0, steps, 4):
-        mbarrier.wait(packed.index(half), half_phase)
-        words = _split_steps(p_ring.index(half).load(p_l), ACROSS)
+    for i in range(steps):
+        mbarrier.wait(empty.index(stage), phase)
+        mbarrier.expect(full.index(stage), BM * 128)
+        _load_tile(x_desc, [batch, (begin + i) * 64], full.index(stage), x_ring.index(stage))
+        words, scale, index = queue[0]
+        rest = ()
+        for a in gl.static_range(1, AHEAD):
+            rest = rest + (queue[a],)
+        queue = rest + (
+            _fetch(
+                i + AHEAD, words_ptr, scales, row, word, w_base, i_base, row_words, row_blocks, N, begin, steps, BLOCK,
+                ACROSS,
+            ),
+        )  # fmt: skip
+        if NESTED:
+            scale = gl.load(absmax_code + scale.to(gl.int32)) * gl.load(absmax + index // 256) + offset
+        if ACROSS:
+            # The sum has no terms past N: what was read there again counts nothing.
+            scale = gl.where(row + i * 64 < N, scale, 0.0)
+        w_ring.index(stage).store(_decode_block(words, scale, levels, DT))
         _barrier()
-        mbarrier.expect(packed.index(half), 16384)
-        at = [(begin + i + 8) * 64, first // 8] if ACROSS else [first, (begin + i + 8) * 8]
-        _load_tile(w_desc, at, packed.index(half), p_ring.index(half))
-        now = ahead
-        ahead = _fetch_scales(i + 4, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE)
-        for u in gl.static_range(4):
-            if i + u < steps:
-                mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(full.index(stage), BM * 128)
-                _load_tile(x_desc, [batch, (begin + i + u) * 64], full.index(stage), x_ring.index(stage))
-                scale, index = now[u]
-                if NESTED:
-                    scale = gl.load(absmax_code + scale.to(gl.int32)) * gl.load(absmax + index // 256) + offset
-                if ACROSS:
-                    # The sum has no terms past N: what was read there again counts nothing.
-                    scale = gl.where(row + (i + u) * 64 < N, scale, 0.0)
-                w_ring.index(stage).store(_decode_block(words[u], scale, levels, DT))
-                _barrier()
-                mbarrier.arrive(full.index(stage), count=1)
-                stage += 1
-                if stage == STAGES:
-                    stage = 0
-                    phase = phase ^ 1
-        half = half ^ 1
-        if half == 0:
-            half_phase = half_phase ^ 1
-    # Two copies past the end are still under way; the memory is not free before they have landed.
-    for _ in gl.static_range(2):
-        mbarrier.wait(packed.index(half), half_phase)
-        half = half ^ 1
-        if half == 0:
-            half_phase = half_phase ^ 1
+        mbarrier.arrive(written.index(stage), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+
+
+@gluon.jit
+def _relay(written, full, steps, STAGES: gl.constexpr):
+    """Hand decoded stages on to the tensor cores, with the fence that their reading needs."""
+    stage = 0
+    phase = 0
+    for _ in range(steps):
+        mbarrier.wait(written.index(stage), phase)
+        fence_async_shared()
+        mbarrier.arrive(full.index(stage), count=1)
+        stage += 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
 
 
 @gluon.jit
 def _consume(
     w_ring, x_ring, full, empty, result,
     BN: gl.constexpr, BM: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr, BIAS: gl.constexpr,
-    STAGES: gl.constexpr, NW: gl.constexpr,
+    STAGES: gl.constexpr, NW: gl.constexpr, STAGED_STORE: gl.constexpr, RELAY: gl.constexpr,
 ):  # fmt: skip
     """Multiply what the rings bring; write the tile."""
     bias_ptr, out_ptr, M, width, first, batch, split, steps = result
@@ -270,9 +237,8 @@ def _consume(
     phase = 0
     for i in range(steps):
         mbarrier.wait(full.index(stage), phase)
-        # What ordinary stores wrote, the tensor cores read after a fence. Here, because a fence waits for all that its
-        # thread has under way, and the producers have loads under way for the steps to come.
-        fence_async_shared()
+        if not RELAY:
+            fence_async_shared()
         if ACROSS:
             A = _view(w_ring.index(stage), DT, 64, BN, w_shared).permute((1, 0))
         else:
@@ -297,36 +263,41 @@ def _consume(
     else:
         if BIAS:
             acc += gl.load(bias_ptr + n, mask=n < width, other=0.0).to(gl.float32)[:, None]
-        # Through the ring, which is free by now, so that lanes write 16 bytes and warps whole lines.
-        _barrier()
-        tile = _view(x_ring, DT, BM, BN, w_shared)
-        tile.permute((1, 0)).store(acc.to(DT))
-        _barrier()
-        o_l: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [NW, 1], [1, 0])
-        om = batch + gl.arange(0, BM, gl.SliceLayout(1, o_l))
-        on = first + gl.arange(0, BN, gl.SliceLayout(0, o_l))
-        keep = (om < M)[:, None] & (on < width)[None, :]
-        gl.store(out_ptr + om[:, None].to(gl.int64) * width + on[None, :], tile.load(o_l), mask=keep)
+        if STAGED_STORE:
+            # Through the ring, which is free by now, so that lanes write 16 bytes and warps whole lines.
+            _barrier()
+            tile = _view(x_ring, DT, BM, BN, w_shared)
+            tile.permute((1, 0)).store(acc.to(DT))
+            _barrier()
+            o_l: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [NW, 1], [1, 0])
+            om = batch + gl.arange(0, BM, gl.SliceLayout(1, o_l))
+            on = first + gl.arange(0, BN, gl.SliceLayout(0, o_l))
+            keep = (om < M)[:, None] & (on < width)[None, :]
+            gl.store(out_ptr + om[:, None].to(gl.int64) * width + on[None, :], tile.load(o_l), mask=keep)
+        else:
+            keep = (n < width)[:, None] & (m < M)[None, :]
+            gl.store(out_ptr + m[None, :].to(gl.int64) * width + n[:, None], acc.to(DT), mask=keep)
 
 
 @gluon.jit(do_not_specialize=["M"])
 def _gemm_4bit_decoded_kernel(
-    w_desc, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr,
+    w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr,
     l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15,
-    M, N, K, row_blocks, steps, per_slice,
-    BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr, NESTED: gl.constexpr,
-    BIAS: gl.constexpr, WHOLE: gl.constexpr, NW: gl.constexpr, REGISTERS: gl.constexpr, STAGES: gl.constexpr,
+    M, N, K, row_words, row_blocks, steps, per_slice,
+    BN: gl.constexpr, BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr,
+    NESTED: gl.constexpr, BIAS: gl.constexpr, NW: gl.constexpr, PW: gl.constexpr, REGISTERS: gl.constexpr,
+    AHEAD: gl.constexpr, STAGED_STORE: gl.constexpr, RELAY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]``, ACROSS: ``out[m, k] = sum_n x[m, n] * weight[n, k]``.
 
-    Grid: (tiles of 128, SPLIT, tiles of BM). A step is 64 terms of the sum, ``steps`` of them in all and ``per_slice``,
-    a multiple of 4, in each of the SPLIT slices. BLOCK weights, a multiple of 64, share a scale, and blocks do not
-    straddle rows. ``w_desc`` describes the packed words of four steps: [128 rows, 32 words], ACROSS [256 rows, 16
-    words]. WHOLE: not ACROSS, blocks of 64, and ``steps`` a multiple of 4, so that scales of four steps lie side by
-    side. NW warps multiply, four decode, with REGISTERS each for the latter. With SPLIT > 1 fp32 sums go to ``out_ptr``
+    Grid: (tiles of BN, SPLIT, tiles of BM). A step is 64 terms of the sum, ``steps`` of them in all and ``per_slice``
+    in
+    each of the SPLIT slices. BLOCK weights, a multiple of 64, share a scale, and blocks do not straddle rows. NW warps
+    multiply, PW decode, with REGISTERS each for the latter. What ordinary stores wrote, the tensor cores read after a
+    fence. It waits for all that its thread has under way, loads for the steps to come as well, so the producers leave
+    it to the consumers or (RELAY) to a warp that does nothing else. With SPLIT > 1 fp32 sums go to ``out_ptr``
     [SPLIT, M, ...].
     """
-    BN: gl.constexpr = 128
     DT: gl.constexpr = x_desc.dtype
     first = gl.program_id(0) * BN
     split = gl.program_id(1)
@@ -334,15 +305,15 @@ def _gemm_4bit_decoded_kernel(
     begin = split * per_slice
     mine = gl.minimum(per_slice, steps - begin)
     pair_l: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    p_ring = gl.allocate_shared_memory(gl.int32, [2, 256, 16] if ACROSS else [2, 128, 32], w_desc.layout)
     w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 32], pair_l)
     x_ring = gl.allocate_shared_memory(DT, [STAGES, BM, 64], x_desc.layout)
-    packed = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for half in gl.static_range(2):
-        mbarrier.init(packed.index(half), count=1)
+    # A stage is written, then full: the same, unless a warp stands between.
+    written = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) if RELAY else full
     for stage in gl.static_range(STAGES):
+        if RELAY:
+            mbarrier.init(written.index(stage), count=1)
         # The weight's arrival and the announcement of the activation's bytes.
         mbarrier.init(full.index(stage), count=2)
         mbarrier.init(empty.index(stage), count=1)
@@ -350,16 +321,48 @@ def _gemm_4bit_decoded_kernel(
     levels = (l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15)
     width = K if ACROSS else N
     result = (bias_ptr, out_ptr, M, width, first, batch, split, mine)
-    source = (w_desc, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels)
-    place = (N, K, row_blocks, first, batch, begin, mine)
-    gl.warp_specialize(
-        [
-            (_consume, (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW)),
-            (
-                _produce,
-                (source, p_ring, w_ring, x_ring, packed, full, empty, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES),
-            ),
-        ],
-        [4],
-        [REGISTERS],
-    )
+    source = (w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels)
+    place = (N, K, row_words, row_blocks, first, batch, begin, mine)
+    if RELAY:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, STAGED_STORE,
+                        RELAY,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        source, w_ring, x_ring, written, full, empty, place, BN, BM, BLOCK, ACROSS, NESTED, STAGES,
+                        AHEAD, PW,
+                    ),
+                ),
+                (_relay, (written, full, mine, STAGES)),
+            ],
+            [PW, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, STAGED_STORE,
+                        RELAY,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        source, w_ring, x_ring, written, full, empty, place, BN, BM, BLOCK, ACROSS, NESTED, STAGES,
+                        AHEAD, PW,
+                    ),
+                ),
+            ],
+            [PW],
+            [REGISTERS],
+        )  # fmt: skip
