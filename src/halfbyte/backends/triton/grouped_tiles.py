@@ -13,7 +13,7 @@ from halfbyte.backends.triton.device import Gpu
 
 __all__ = ["SLICED_FROM", "GroupedTile", "read", "rule", "tile_for"]
 
-SLICED_FROM = {True: 96, False: 16}
+SLICED_FROM = {True: 96, False: 1}
 """Rows an expert, on average, beyond which slices of dequantized weights are faster: than the Gluon kernel, than the
 portable one."""
 
