@@ -79,6 +79,7 @@ class DeserializeExperts(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        del args
         model, name = kwargs["model"], str(kwargs["full_layer_name"])
         values = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         own = min(values, key=len)
