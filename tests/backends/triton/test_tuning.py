@@ -87,7 +87,7 @@ def test_the_backward_of_few_rows_takes_the_smallest_buckets_tile_and_that_of_ma
         {"kind": "other"},
         {"unroll": 8},
         {"kind": "warpgroup", "n_warps": 2, "rows": 32},
-        {"kind": "decoded", "n_warps": 4, "k_warps": 1, "rows": 64},
+        {"kind": "decoded", "n_warps": 2, "rows": 32},
     ],
     ids=str,
 )
