@@ -29,9 +29,12 @@ def neon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.E
     for make in ("empty", "zeros"):
         real = getattr(torch, make)
         monkeypatch.setattr(torch, make, lambda *a, _real=real, **k: machine.know(_real(*a, **k)))
+    monkeypatch.setattr(fused, "scratch", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8).data_ptr())
+    fused._chunk_kernels.cache_clear()
     for name in ("search", "buckets", "lookup_of"):
         monkeypatch.setattr(tables, name, _known(getattr(tables, name), machine))
     yield machine
+    fused._chunk_kernels.cache_clear()
     assert machine.calls > 0
 
 
