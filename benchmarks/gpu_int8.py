@@ -97,6 +97,9 @@ def measure(n: int, k: int, batch: int) -> list[dict[str, Any]]:
         add(name, "eager", eager(dense))
         if dtype == torch.float16:
             add(name, "host", eager_time(dense[0]))
+            module = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=dtype)
+            add("nn.Linear fp16", "eager", eager([lambda layer=module, a=given: layer(a)]))
+            add("nn.Linear fp16", "host", eager_time(lambda layer=module, a=given: layer(a)))
     half = x.half()
     for who, kind in (("halfbyte", Linear8bitLt), ("bitsandbytes", _peer())):
         if kind is None:

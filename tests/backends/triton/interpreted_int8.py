@@ -12,8 +12,8 @@ import torch
 import halfbyte.backends.registry  # noqa: F401  (binds the ops)
 from halfbyte.backends.reference import int8 as reference
 from halfbyte.backends.triton.kernels.int8 import _int8_dequantize_kernel, _int8_gather_kernel, _int8_rows_kernel
-from halfbyte.backends.triton.kernels.int8_gemv import _int8_gemv_kernel
 from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel
+from halfbyte.backends.triton.kernels.int8_row import _int8_row_kernel
 from halfbyte.formats.int8 import STEP, STEP_SQUARED
 
 wrong = defaultdict(list)
@@ -90,13 +90,14 @@ def product(codes, weight, dtype, bias, scales, outliers, full, apart=None):
     return out
 
 
-def gemv(x, weight, SCB, threshold, bias, full):
-    (m, k), n = x.shape, weight.shape[0]
-    out = torch.full((m, n), float("nan"), dtype=x.dtype)
-    _int8_gemv_kernel[(-(-n // 8),)](
-        x, weight.view(torch.int32), out, bias, SCB, full, threshold, m, n, k, k // 4, x.stride(0),
-        STEP, STEP_SQUARED, 4 if m > 1 else 1, 8, 64, 64, 4, False, k % 64 == 0, threshold > 0, full is not None,
-        bias is not None,
+def row(x, weight, SCB, threshold, bias):
+    (_, k), n = x.shape, weight.shape[0]
+    out = torch.full((1, n), float("nan"), dtype=x.dtype)
+    words, programs = 64, 2
+    planes = 4 if x.dtype == torch.float32 else 3
+    _int8_row_kernel[(programs,)](
+        x, weight.view(torch.int32), out, bias, SCB, threshold, n, k // 4, STEP, STEP_SQUARED, 8, words, planes, False,
+        k == 4 * words, threshold > 0, bias is not None, programs,
     )  # fmt: skip
     return out
 
@@ -112,7 +113,7 @@ for n, k, first, columns in ((40, 96, 0, 96), (21, 65, 7, 30)):
     want = reference.int8_vectorwise_dequant(weight, SCB)[:, first : first + columns]
     expect("dequantize", torch.allclose(found, want, rtol=1e-6), n, k, first, columns)
 
-for m, n, k in ((1, 40, 96), (4, 21, 64), (3, 21, 160), (5, 33, 65), (20, 70, 130)):
+for m, n, k in ((1, 40, 96), (4, 21, 256), (5, 33, 65), (20, 70, 130)):
     weight = torch.randint(-127, 128, (n, k)).to(torch.int8)
     SCB, bias = torch.rand(n), torch.randn(n)
     for dtype in (torch.float32, torch.float16):  # the interpreter truncates to bf16
@@ -140,8 +141,15 @@ for m, n, k in ((1, 40, 96), (4, 21, 64), (3, 21, 160), (5, 33, 65), (20, 70, 13
                     if apart is not None and full is None:
                         got = product(codes, weight, dtype, given, (absmax, SCB), (x, shared), None, apart)
                         expect("product", close(got, want), "apart", *what)
-                    if m <= 4 and k % 16 == 0:
-                        got = gemv(x, weight, SCB, threshold, given, full)
-                        expect("gemv", close(got, want), *what, full is not None)
+                    if full is None and k % 16 == 0:
+                        expect("row", close(row(x[:1], weight, SCB, threshold, given), want[:1]), *what)
+
+for value in (float("inf"), float("-inf"), float("nan"), 6e4, 0.0):
+    weight, SCB = torch.randint(1, 128, (21, 64)).to(torch.int8), torch.rand(21)
+    for dtype in (torch.float32, torch.float16):
+        x = activations(1, 64, dtype) if value else torch.zeros(1, 64, dtype=dtype)
+        x[0, 7] = value
+        want = reference.int8_linear(x, weight, SCB, THRESHOLD)
+        expect("row", close(row(x, weight, SCB, THRESHOLD, None), want), value, dtype)
 
 print(json.dumps(wrong))

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from halfbyte.backends.registry import implements
 from halfbyte.backends.triton.device import gpu_of
-from halfbyte.backends.triton.int8_plan import Plan, product, quantize
-from halfbyte.backends.triton.int8_tuning import tile_for
+from halfbyte.backends.triton.int8_plan import Plan, RowPlan, make_plan, product, quantize
 from halfbyte.backends.triton.kernels.int8 import _int8_dequantize_kernel
 from halfbyte.backends.triton.launch import on_device, start
 from halfbyte.backends.triton.slices import slice_rows
@@ -29,8 +28,8 @@ def _too_old(index: int) -> bool:
     return arch.startswith("sm_") and int(arch[3:]) < OLDEST
 
 
-def _unfit(A: Tensor, *others: Tensor) -> str | None:
-    if A.numel() == 0 or any(tensor.numel() == 0 for tensor in others):
+def _unfit(A: Tensor, B: Tensor) -> str | None:
+    if A.numel() == 0 or B.numel() == 0:
         return "an empty tensor"
     if A.shape[-1] > int8.EXACT_INT32_TERMS:
         return f"rows of more than {int8.EXACT_INT32_TERMS} codes, whose sums int32 cannot hold"
@@ -46,7 +45,7 @@ def _matrix(A: Tensor) -> Tensor:
 
 
 def _declines_quant(A: Tensor, threshold: float = 0.0) -> str | None:
-    return "the list of outlier columns, whose length only the GPU knows" if threshold else _unfit(A)
+    return "the list of outlier columns, whose length only the GPU knows" if threshold else _unfit(A, A)
 
 
 @implements("triton", "int8_vectorwise_quant", declines=_declines_quant)
@@ -101,7 +100,7 @@ def _declines_linear(
     return _unfit(A, CB)
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
+_plans: dict[tuple[Any, ...], Plan | RowPlan] = {}
 
 
 @implements("triton", "int8_linear", declines=_declines_linear)
@@ -125,11 +124,9 @@ def int8_linear(
     key = (rows, n, k, x_stride, A.dtype, index, threshold > 0, full is None, None if bias is None else bias.dtype)
     plan = _plans.get(key)
     if plan is None:
-        tile = tile_for(gpu_of(index), rows, n, k)
-        plan = _plans[key] = Plan(
-            rows, n, k, x_stride, A.dtype, tile, index,
-            split=threshold > 0, full=full is not None, bias=bias is not None,
-        )  # fmt: skip
+        plan = _plans[key] = make_plan(
+            rows, n, k, x_stride, A.dtype, index, split=threshold > 0, full=full is not None, bias=bias is not None
+        )
     CB = CB if CB.is_contiguous() else CB.contiguous()
     SCB = SCB if SCB.is_contiguous() else SCB.contiguous()
     bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()

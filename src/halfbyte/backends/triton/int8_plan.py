@@ -11,13 +11,12 @@ from torch import Tensor
 from halfbyte.backends.triton.device import gpu_of
 from halfbyte.backends.triton.int8_tuning import Tile, tile_for
 from halfbyte.backends.triton.kernels.int8 import _int8_gather_kernel, _int8_rows_kernel
-from halfbyte.backends.triton.kernels.int8_gemv import _int8_gemv_kernel
-from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel, _int8_product_tma_kernel
+from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel
 from halfbyte.backends.triton.kernels.int8_row import _int8_row_kernel
 from halfbyte.backends.triton.launch import Launcher, raw_stream, start
 from halfbyte.formats import int8
 
-__all__ = ["Plan", "product", "quantize"]
+__all__ = ["Plan", "RowPlan", "make_plan", "product", "quantize"]
 
 ALIGNMENT = 16
 OWN_WORDS = 16
@@ -34,10 +33,12 @@ OUTLIERS = 16
 
 WORDS_AT_ONCE = 512
 GATHER_ROWS = 64
+LARGEST_WITH_FLOATS = 64 * 128
+"""Largest tile whose fp32 outliers, or unquantized weight, fit into registers beside its sums."""
 
 
 class _Step:
-    """One kernel of a plan: tensors and addresses are given anew in each call, all else is fixed."""
+    """One kernel of a plan: tensors or addresses are given anew in each call, all else is fixed."""
 
     __slots__ = ("_constants", "_grid", "_kernel", "_launcher", "_numbers", "_options")
 
@@ -65,30 +66,30 @@ class _Step:
 
 def _rows_step(rows: int, k: int, x_stride: int, split: bool, shared: bool) -> _Step:
     block = max(128, min(4096, triton.next_power_of_2(k)))
-    constants = (split, shared, block)
-    return _Step(
-        _int8_rows_kernel,
-        rows,
-        (k, x_stride),
-        constants,
-        num_warps=8 if block >= 2048 else 4,
-        enable_fp_fusion=False,
-    )
+    options = {"num_warps": 8 if block >= 2048 else 4, "enable_fp_fusion": False}
+    return _Step(_int8_rows_kernel, rows, (k, x_stride), (split, shared, block), **options)
 
 
 def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _aligned(*places: int | None) -> bool:
+    together = 0
+    for place in places:
+        together |= place or 0
+    return together % ALIGNMENT == 0
+
+
 class _Memory:
-    """Tensors between the kernels of one call, in one allocation."""
+    """Tensors between the kernels of one call, in one allocation; None for those that are not there."""
 
     __slots__ = ("_parts", "_size")
 
-    def __init__(self, **parts: tuple[tuple[int, ...], torch.dtype] | None) -> None:
+    def __init__(self, *parts: tuple[tuple[int, ...], torch.dtype] | None) -> None:
         self._parts: list[tuple[int, int, tuple[int, ...], torch.dtype] | None] = []
         self._size = 0
-        for part in parts.values():
+        for part in parts:
             if part is None:
                 self._parts.append(None)
                 continue
@@ -97,8 +98,12 @@ class _Memory:
             self._parts.append((self._size, nbytes, shape, dtype))
             self._size += -(-nbytes // 256) * 256
 
-    def allocate(self, device: torch.device) -> Tensor:
-        return torch.empty(self._size, dtype=torch.uint8, device=device)
+    def allocate(self, device: torch.device, zeroed: bool) -> Tensor:
+        """Memory of all parts; ``zeroed``: the first one is."""
+        memory = torch.empty(self._size, dtype=torch.uint8, device=device)
+        if zeroed and self._parts[0] is not None:
+            memory[: self._parts[0][1]].zero_()
+        return memory
 
     def addresses(self, memory: Tensor) -> list[int | None]:
         base = memory.data_ptr()
@@ -110,9 +115,42 @@ class _Memory:
             for part in self._parts
         ]
 
-    def range_of(self, number: int) -> tuple[int, int]:
-        part = self._parts[number]
-        return (0, 0) if part is None else (part[0], part[0] + part[1])
+
+class RowPlan:
+    """``int8_linear`` of one row: a single kernel. Arguments as :class:`Plan`'s."""
+
+    __slots__ = ("_index", "_step")
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, tile: Tile, index: int, *, split: bool, bias: bool) -> None:
+        self._index = index
+        words = triton.next_power_of_2(k // 4)
+        programs = min(-(-n // tile.n), gpu_of(index).multiprocessors * tile.stages)
+        planes = 4 if dtype == torch.float32 else 3
+        constants = (
+            int8.STEP, int8.STEP_SQUARED, tile.n, words, planes, torch.version.hip is None, words * 4 == k, split, bias,
+            programs,
+        )  # fmt: skip
+        options = {"num_warps": tile.warps, "enable_fp_fusion": False}
+        self._step = _Step(_int8_row_kernel, programs, (n, k // 4), constants, **options)
+
+    def run(
+        self,
+        x: Tensor,
+        CB: Tensor,
+        SCB: Tensor,
+        threshold: float,
+        bias: Tensor | None,
+        full: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Fill ``out`` on the current stream of the plan's device, which is current."""
+        places = x.data_ptr(), CB.data_ptr(), out.data_ptr(), _address(bias), SCB.data_ptr()
+        aligned = _aligned(*places)
+        if aligned and self._step.ready():
+            self._step.direct(self._index, *places, threshold)
+        else:
+            words = CB.clone() if CB.data_ptr() % 4 else CB
+            self._step.ordinary(aligned, x, words.view(torch.int32), out, bias, SCB, threshold)
 
 
 class Plan:
@@ -131,6 +169,8 @@ class Plan:
         bias: Whether there is one.
     """
 
+    __slots__ = ("_gather", "_index", "_memory", "_product", "_rows", "_split", "_zeroed")
+
     def __init__(
         self,
         rows: int,
@@ -145,79 +185,35 @@ class Plan:
         full: bool,
         bias: bool,
     ) -> None:
-        self._index = index
-        self._quad = tile.kind == "rows"
-        self._one = tile.kind == "row" and not full
-        if tile.kind == "row" and full:
-            tile = Tile("pointer", 16, 64, 128, 1, 4, 4)
-        self._tma: tuple[list[int], list[int]] | None = None
-        if self._one:
-            words = triton.next_power_of_2(k // 4)
-            blocks = -(-n // tile.n)
-            programs = min(blocks, gpu_of(index).multiprocessors * tile.stages)
-            planes = 4 if dtype == torch.float32 else 3
-            self._product = _Step(
-                _int8_row_kernel,
-                programs,
-                (n, k // 4),
-                (
-                    int8.STEP, int8.STEP_SQUARED, tile.n, words, planes, torch.version.hip is None, words * 4 == k,
-                    split, bias, programs,
-                ),
-                num_warps=tile.warps,
-                enable_fp_fusion=False,
-            )  # fmt: skip
-            return
-        if self._quad:
-            block = min(4096 // tile.m, max(128, triton.next_power_of_2(k)))
-            depth = min(tile.k, max(128, triton.next_power_of_2(k)))
-            self._product = _Step(
-                _int8_gemv_kernel,
-                -(-n // tile.n),
-                (rows, n, k, k // 4, x_stride),
-                (
-                    int8.STEP, int8.STEP_SQUARED, tile.m, tile.n, depth, block, OUTLIERS, torch.version.hip is None,
-                    k % depth == 0, split, full, bias,
-                ),
-                num_warps=tile.warps,
-                enable_fp_fusion=False,
-            )  # fmt: skip
-            return
-        if split and (full or dtype == torch.float32) and tile.m * tile.n > 64 * 128:
+        self._index, self._split = index, split
+        if split and (full or dtype == torch.float32) and tile.m * tile.n > LARGEST_WITH_FLOATS:
             tile = Tile("pointer", 64, 64, 128, 8, 4, 3)
-        self._shared = split and rows > OWN_WORDS
+        self._zeroed = split and rows > OWN_WORDS
         gathered = split and not full and rows >= GATHERED_FROM
-        self._rows = _rows_step(rows, k, x_stride, split, self._shared)
-        whole = triton.next_power_of_2(-(-k // 32))
-        words = (1 if self._shared else rows, -(-k // 32))
+        self._rows = _rows_step(rows, k, x_stride, split, self._zeroed)
+        words = -(-k // 32)
+        whole = triton.next_power_of_2(words)
         self._memory = _Memory(
-            words=(words, torch.int32) if split else None,
-            codes=((rows, k), torch.int8),
-            absmax=((rows,), torch.float32),
-            apart_x=((rows, CAPACITY), dtype) if gathered else None,
-            apart_weight=((n, CAPACITY), dtype) if gathered else None,
-            count=((1,), torch.int32) if gathered else None,
+            ((1 if self._zeroed else rows, words), torch.int32) if split else None,
+            ((rows, k), torch.int8),
+            ((rows,), torch.float32),
+            ((rows, CAPACITY), dtype) if gathered else None,
+            ((n, CAPACITY), dtype) if gathered else None,
+            ((1,), torch.int32) if gathered else None,
         )
+        numbers = (rows, n, k, x_stride)
         self._gather: _Step | None = None
         if gathered:
             blocks = -(-rows // GATHER_ROWS) + -(-n // GATHER_ROWS)
             shape = (CAPACITY, whole, GATHER_ROWS, OUTLIERS)
-            self._gather = _Step(_int8_gather_kernel, blocks, (rows, n, k, x_stride), shape, num_warps=4)
+            self._gather = _Step(_int8_gather_kernel, blocks, numbers, shape, num_warps=4)
         tiles = -(-rows // tile.m) * -(-n // tile.n)
-        at_once = whole if gathered else min(WORDS_AT_ONCE, whole)
-        word_rows = 1 if self._shared else OWN_WORDS
-        numbers = (rows, n, k, x_stride)
         head = (int8.STEP, int8.STEP_SQUARED, tile.m, tile.n, tile.k, OUTLIERS, tile.group)
-        tail = (CAPACITY if gathered else 0, at_once, word_rows, False, split, full, bias)
+        at_once = whole if gathered else min(WORDS_AT_ONCE, whole)
+        tail = (CAPACITY if gathered else 0, at_once, 1 if self._zeroed else OWN_WORDS, False, split, full, bias)
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        if tile.kind == "tma":
-            programs = min(tiles, gpu_of(index).multiprocessors) if tile.persistent else 0
-            self._tma = [tile.m, tile.k], [tile.n, tile.k]
-            constants = (*head, *tail, programs)
-            self._product = _Step(_int8_product_tma_kernel, programs or tiles, numbers, constants, **options)
-        else:
-            constants = (*head, k % tile.k == 0, *tail)
-            self._product = _Step(_int8_product_kernel, tiles, numbers, constants, **options)
+        constants = (*head, k % tile.k == 0, *tail)
+        self._product = _Step(_int8_product_kernel, tiles, numbers, constants, **options)
 
     def run(
         self,
@@ -230,73 +226,53 @@ class Plan:
         out: Tensor,
     ) -> None:
         """Fill contiguous ``out`` on the current stream of the plan's device, which is current."""
-        places = x.data_ptr(), CB.data_ptr(), SCB.data_ptr(), _address(bias), _address(full), out.data_ptr()
-        together = 0
-        for place in places:
-            together |= place or 0
-        aligned = together % ALIGNMENT == 0
-        if self._one:
-            if aligned and self._product.ready():
-                a, b, c, d, _, f = places
-                self._product.direct(self._index, a, b, f, d, c, threshold)
-            else:
-                words = CB if CB.data_ptr() % 4 == 0 else CB.clone()
-                self._product.ordinary(aligned, x, words.view(torch.int32), out, bias, SCB, threshold)
-        elif self._quad:
-            self._run_few(x, CB, SCB, threshold, bias, full, out, places, aligned)
+        memory = self._memory.allocate(x.device, self._zeroed)
+        given: tuple[Any, ...] = x, CB, SCB, bias, full, out
+        places = tuple(map(_address, given))
+        aligned = _aligned(*places)
+        between: list[Any]
+        direct = aligned and self._product.ready()
+        if direct:
+            given, between = places, self._memory.addresses(memory)
         else:
-            self._run_many(x, CB, SCB, threshold, bias, full, out, places, aligned)
-
-    def _run_few(
-        self, x: Tensor, CB: Tensor, SCB: Tensor, threshold: float, bias: Tensor | None, full: Tensor | None,
-        out: Tensor, places: tuple[int | None, ...], aligned: bool,
-    ) -> None:  # fmt: skip
-        step = self._product
-        if aligned and step.ready():
-            a, b, c, d, e, f = places
-            step.direct(self._index, a, b, f, d, c, e, threshold)
-        else:
-            if CB.data_ptr() % 4:
-                CB = CB.clone()
-            step.ordinary(aligned, x, CB.view(torch.int32), out, bias, SCB, full, threshold)
-
-    def _run_many(
-        self, x: Tensor, CB: Tensor, SCB: Tensor, threshold: float, bias: Tensor | None, full: Tensor | None,
-        out: Tensor, places: tuple[int | None, ...], aligned: bool,
-    ) -> None:  # fmt: skip
-        memory = self._memory.allocate(x.device)
-        if self._shared:
-            begin, end = self._memory.range_of(0)
-            memory[begin:end].zero_()
-        split = threshold > 0
-        if aligned and self._product.ready():
-            x_at, weight_at, scales_at, bias_at, full_at, out_at = places
-            words, codes, absmax, apart_x, apart_weight, count = self._memory.addresses(memory)
-            self._rows.direct(self._index, x_at, codes, absmax, words, threshold)
-            if self._gather is not None:
-                self._gather.direct(self._index, words, x_at, weight_at, apart_x, apart_weight, count, threshold)
-            given = x_at if split else None
-            rest = (weight_at, out_at, bias_at, absmax, scales_at, given, full_at, words, apart_x, apart_weight, count)
-            if self._tma is None:
-                self._product.direct(self._index, codes, *rest, threshold)
+            between = self._memory.tensors(memory)
+        for step, arguments in self._steps(given, between):
+            if direct:
+                step.direct(self._index, *arguments, threshold)
             else:
-                self._product.direct(self._index, *self._descriptors(memory, CB), *rest, threshold)
-            return
-        words, codes, absmax, apart_x, apart_weight, count = self._memory.tensors(memory)
-        self._rows.ordinary(aligned, x, codes, absmax, words, threshold)
+                step.ordinary(aligned, *arguments, threshold)
+
+    def _steps(self, given: tuple[Any, ...], between: list[Any]) -> list[tuple[_Step, tuple[Any, ...]]]:
+        """The kernels in their order, each with its tensors or addresses."""
+        x, CB, SCB, bias, full, out = given
+        words, codes, absmax, apart_x, apart_weight, count = between
+        source = x if self._split else None
+        steps = [(self._rows, (x, codes, absmax, words))]
         if self._gather is not None:
-            self._gather.ordinary(aligned, words, x, CB, apart_x, apart_weight, count, threshold)
-        given = x if split else None
-        first = (codes,) if self._tma is None else self._descriptors(memory, CB)
-        rest = (CB, out, bias, absmax, SCB, given, full, words, apart_x, apart_weight, count)
-        self._product.ordinary(aligned, *first, *rest, threshold)
+            steps.append((self._gather, (words, x, CB, apart_x, apart_weight, count)))
+        last = (codes, CB, out, bias, absmax, SCB, source, full, words, apart_x, apart_weight, count)
+        return [*steps, (self._product, last)]
 
-    def _descriptors(self, memory: Tensor, CB: Tensor) -> tuple[Any, Any]:
-        from triton.tools.tensor_descriptor import TensorDescriptor
 
-        assert self._tma is not None
-        codes = self._memory.tensors(memory)[1]
-        return TensorDescriptor.from_tensor(codes, self._tma[0]), TensorDescriptor.from_tensor(CB, self._tma[1])
+def make_plan(
+    rows: int,
+    n: int,
+    k: int,
+    x_stride: int,
+    dtype: torch.dtype,
+    index: int,
+    *,
+    split: bool,
+    full: bool,
+    bias: bool,
+) -> Plan | RowPlan:
+    """The plan with the measured tile, or that of the rule. Arguments as :class:`Plan`'s."""
+    tile = tile_for(gpu_of(index), rows, n, k)
+    if tile.kind == "row" and not full:
+        return RowPlan(n, k, dtype, tile, index, split=split, bias=bias)
+    if tile.kind == "row":
+        tile = Tile("pointer", 16, 64, 128, 1, 4, 4)
+    return Plan(rows, n, k, x_stride, dtype, tile, index, split=split, full=full, bias=bias)
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -319,8 +295,6 @@ def product(
     """Fill contiguous ``out``, ``(M, N)``: sums where it is int32, else scaled."""
     (rows, k), n = codes.shape, weight.shape[0]
     tile = tile_for(gpu_of(codes.device.index), max(rows, 16), n, k)
-    if tile.kind != "pointer":
-        tile = Tile("pointer", tile.m, tile.n, tile.k, tile.group, tile.warps, tile.stages)
     raw = out.dtype == torch.int32
     start(
         _int8_product_kernel,

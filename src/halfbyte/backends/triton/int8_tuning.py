@@ -12,14 +12,12 @@ from typing import Any
 from halfbyte.backends.triton.device import Gpu
 from halfbyte.errors import ArgumentError
 
-__all__ = ["BATCHES", "ROWS_AT_ONCE", "Tile", "closed_form", "read", "tile_for"]
+__all__ = ["LARGEST_ROW", "Tile", "closed_form", "read", "tile_for"]
 
-KINDS = ("row", "rows", "pointer", "tma")
-BATCHES = (1, 2, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
-"""Batch buckets that tiles are measured for; larger batches take the last one's."""
+KINDS = ("row", "pointer")
 
-ROWS_AT_ONCE = 4
-"""Activation rows that the kernel without tensor cores takes."""
+LARGEST_ROW = 32768
+"""Codes of a row that the kernel of one activation row holds in registers."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +25,14 @@ class Tile:
     """One configuration of the int8 products.
 
     Attributes:
-        kind: ``"rows"``: up to 4 activation rows, quantized in every program, without tensor cores; ``"pointer"``:
-            tensor cores; ``"tma"``: tensor cores, operands brought by the copy engine (Hopper and later).
+        kind: ``"row"``: one activation row, quantized in every program, without tensor cores; ``"pointer"``: tensor
+            cores.
         m: Rows of the output in a tile.
         n: Columns of the output in a tile.
-        k: Codes of a row in one step.
+        k: Codes of a row in one step; of the kind "row", all.
         group: Rows of tiles that share weights in the cache.
         warps: Warps of a program.
-        stages: Steps in shared memory or on their way there.
-        persistent: One program a multiprocessor, which takes tile after tile.
+        stages: Steps in shared memory or on their way there; of the kind "row", programs a multiprocessor.
     """
 
     kind: str
@@ -45,7 +42,6 @@ class Tile:
     group: int = 8
     warps: int = 4
     stages: int = 3
-    persistent: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -54,9 +50,9 @@ class Tile:
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
                 raise ArgumentError(f"a tile's {name} is {value}", expected="a power of two")
-        if self.kind == "rows" and self.m > ROWS_AT_ONCE:
-            raise ArgumentError(f"a tile of {self.m} rows at once", expected=f"at most {ROWS_AT_ONCE}")
-        if self.kind in {"pointer", "tma"} and (self.m < 16 or self.n < 16 or self.k < 32):
+        if self.kind == "row" and self.m > 1:
+            raise ArgumentError(f"a tile of {self.m} rows", expected="1")
+        if self.kind == "pointer" and (self.m < 16 or self.n < 16 or self.k < 32):
             raise ArgumentError(f"{self}", expected="at least 16 x 16 x 32 for tensor cores")
 
 
@@ -104,16 +100,17 @@ def closed_form(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
     """A tile for any shape on any GPU: enough programs for every multiprocessor, within 99 KiB of shared memory.
 
     >>> closed_form(Gpu("sm_89", 128, 72 << 20, gluon=True), 1, 4096, 4096).kind
-    'rows'
+    'row'
     """
-    if batch <= ROWS_AT_ONCE and k % 16 == 0:
-        return Tile("rows", batch if batch < 3 else 4, 16, 2048 if batch == 1 else 1024, 1, 8)
+    if batch == 1 and k % 16 == 0 and k <= LARGEST_ROW:
+        # 64 words of four codes a thread.
+        words = max(128, 1 << (k // 4 - 1).bit_length())
+        warps = 4 if words <= 1024 else 8 if words <= 4096 else 16
+        return Tile("row", 1, min(16, 64 * 32 * warps // words), 64, 1, warps, 2 if words <= 1024 else 1)
     if batch <= 16:
-        return Tile("pointer", 16, 32 if n < 128 * gpu.multiprocessors else 64, 256, 1, 4, 4)
+        return Tile("pointer", 16, 32 if n < 64 * gpu.multiprocessors else 64, 256, 1, 4, 4)
     if batch <= 64:
         return Tile("pointer", 64, 64, 128, 4, 4, 3)
     if batch <= 512:
         return Tile("pointer", 64, 128, 128, 8, 4, 4)
-    if gpu.arch == "sm_90":
-        return Tile("pointer", 128, 256, 128, 8, 8, 4)
-    return Tile("pointer", 128, 128, 128, 8, 8, 3)
+    return Tile("pointer", 128, 128, 128, 8, 4, 3)

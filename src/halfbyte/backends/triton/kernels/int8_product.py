@@ -1,4 +1,4 @@
-"""The int8 product on tensor cores, scaled, with outliers and bias inside; operands by pointer or by the copy engine.
+"""The int8 product on tensor cores, scaled, with outliers and bias inside.
 
 Codes up to 127 are exact in bf16 and fp16: outliers are multiplied with them on tensor cores and scaled in fp32.
 """
@@ -8,7 +8,7 @@ import triton.language as tl
 
 from halfbyte.backends.triton.kernels.int8 import _count, _is_outlier, _nth_columns, _or
 
-__all__ = ["_int8_product_kernel", "_int8_product_tma_kernel"]
+__all__ = ["_int8_product_kernel"]
 
 
 @triton.jit
@@ -131,34 +131,3 @@ def _int8_product_kernel(
         threshold, M, N, K, x_stride,
         STEP, STEP_SQUARED, BM, BN, BO, CAPACITY, WORDS, WORD_ROWS, RAW, SPLIT, FULL, BIAS,
     )  # fmt: skip
-
-
-@triton.jit
-def _int8_product_tma_kernel(
-    codes_tiles, weight_tiles, weight, out, bias, row_absmax, column_absmax, x, full, words, apart_x, apart_weight,
-    count, threshold, M, N, K, x_stride,
-    STEP: tl.constexpr, STEP_SQUARED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BO: tl.constexpr, GROUP: tl.constexpr, CAPACITY: tl.constexpr, WORDS: tl.constexpr, WORD_ROWS: tl.constexpr,
-    RAW: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr, BIAS: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """:func:`_int8_product_kernel` with tiles brought by the copy engine. PROGRAMS > 0: that many share all tiles."""
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    first = tl.program_id(0)
-    if PROGRAMS > 0:
-        last, step = tiles_m * tiles_n, PROGRAMS
-    else:
-        last, step = first + 1, 1
-    for number in range(first, last, step):
-        tile_m, tile_n = _tile_of(number, tiles_m, tiles_n, GROUP)
-        sums = tl.zeros((BM, BN), tl.int32)
-        for start in range(0, K, BK):
-            a = codes_tiles.load([tile_m * BM, start])
-            b = weight_tiles.load([tile_n * BN, start])
-            sums = tl.dot(a, b.T, sums, out_dtype=tl.int32)
-        m = tile_m * BM + tl.arange(0, BM)
-        n = tile_n * BN + tl.arange(0, BN)
-        _finish(
-            sums, m, n, weight, out, bias, row_absmax, column_absmax, x, full, words, apart_x, apart_weight, count,
-            threshold, M, N, K, x_stride,
-            STEP, STEP_SQUARED, BM, BN, BO, CAPACITY, WORDS, WORD_ROWS, RAW, SPLIT, FULL, BIAS,
-        )  # fmt: skip
