@@ -89,7 +89,7 @@ def measure(n: int, k: int, batch: int) -> list[dict[str, Any]]:
         rows.append({"n": n, "k": k, "batch": batch, "who": who, "how": how, "us": round(value, 1)})
 
     for dtype in (torch.bfloat16, torch.float16):
-        copies = [weight.to(dtype) for _ in range(max(2, count // 2))]
+        copies = [weight.to(dtype, copy=True) for _ in range(max(2, count // 2))]
         given = x.to(dtype)
         dense = [lambda w=w, a=given: F.linear(a, w) for w in copies]
         name = "F.linear bf16" if dtype == torch.bfloat16 else "F.linear fp16"
