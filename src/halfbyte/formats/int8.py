@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CODE_MAX", "EXACT_FP32_TERMS", "EXACT_INT32_TERMS", "LAYOUTS", "STEP", "STEP_SQUARED", "WEIGHT_FORMATS", "Layout"]
+__all__ = [
+    "CODE_MAX",
+    "EXACT_FP32_TERMS",
+    "EXACT_INT32_TERMS",
+    "LAYOUTS",
+    "STEP",
+    "STEP_SQUARED",
+    "WEIGHT_FORMATS",
+    "Layout",
+]
 
 CODE_MAX = 127
 """Largest code; -128 is not used, so that the codes are symmetric."""

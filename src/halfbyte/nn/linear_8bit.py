@@ -121,8 +121,9 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if not isinstance(self.state, LayerState):
-            self._take_over(self.state)
+        held: MatmulLtState = self.__dict__["state"]  # bitsandbytes pickled a state without its layer
+        if not isinstance(held, LayerState):
+            self._take_over(held)
 
     def _take_over(self, old: MatmulLtState) -> None:
         """Become a layer of halfbyte's after bitsandbytes pickled it: codes and scales lie in one of three places.

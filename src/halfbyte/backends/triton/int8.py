@@ -127,12 +127,12 @@ def int8_linear(
         plan = _plans[key] = make_plan(
             rows, n, k, x_stride, A.dtype, index, split=threshold > 0, full=full is not None, bias=bias is not None
         )
-    CB = CB if CB.is_contiguous() else CB.contiguous()
-    SCB = SCB if SCB.is_contiguous() else SCB.contiguous()
+    codes = CB if CB.is_contiguous() else CB.contiguous()
+    scales = SCB if SCB.is_contiguous() else SCB.contiguous()
     bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
     full = full if full is None or full.is_contiguous() else full.contiguous()
     with on_device(index):
-        plan.run(x, CB, SCB, threshold, bias, full, out)
+        plan.run(x, codes, scales, threshold, bias, full, out)
     return out
 
 

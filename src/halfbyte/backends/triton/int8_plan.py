@@ -247,7 +247,7 @@ class Plan:
         x, CB, SCB, bias, full, out = given
         words, codes, absmax, apart_x, apart_weight, count = between
         source = x if self._split else None
-        steps = [(self._rows, (x, codes, absmax, words))]
+        steps: list[tuple[_Step, tuple[Any, ...]]] = [(self._rows, (x, codes, absmax, words))]
         if self._gather is not None:
             steps.append((self._gather, (words, x, CB, apart_x, apart_weight, count)))
         last = (codes, CB, out, bias, absmax, SCB, source, full, words, apart_x, apart_weight, count)
