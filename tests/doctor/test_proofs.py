@@ -113,6 +113,12 @@ def test_children_share_the_cores_unless_the_user_has_chosen():
     assert all("OMP_NUM_THREADS" not in each.changed for each in requests)
 
 
+def test_the_full_level_measures_speed_with_all_cores():
+    requests: list[Request] = []
+    proofs(host_where(lambda *_: good(), requests, full=True), TorchImport(ok=True))
+    assert all("OMP_NUM_THREADS" not in each.changed for each in requests)
+
+
 def test_after_a_failed_basic_step_the_rest_is_blocked():
     error = {"state": "error", "text": "RuntimeError: no kernel image is available", "seconds": 0.1}
     found = proofs(host_where(lambda _, step, __: error if step == "torch_op" else good()), TorchImport(ok=True))

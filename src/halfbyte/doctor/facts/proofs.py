@@ -22,8 +22,7 @@ BASIC = tuple(name for name, step in STEPS.items() if step.basic)
 FULL = tuple(name for name, step in STEPS.items() if step.full)
 COMPILERS = {"triton_kernel", "numba_kernel"}
 COMMON = tuple(name for name in STEPS if name not in {*BASIC, *FULL, *COMPILERS})
-APART = ("optimizer_8bit",)
-"""Run in a child of their own, beside the others: torch's optimizers import its compiler, which takes seconds."""
+APART = tuple(name for name, step in STEPS.items() if step.apart)
 TIMEOUT = 120.0
 MOST_AT_ONCE = 8
 
@@ -117,7 +116,7 @@ def _prove(host: Host, device: Device, backend: str = "") -> DeviceProof:
     names = list(COMMON) if backend else _steps(device, host.full)
     names = [name for name in names if name in BASIC or host.steps is None or name in host.steps]
     changed = {"HALFBYTE_BACKEND": backend} if backend else {}
-    if "OMP_NUM_THREADS" not in host.environ:
+    if "OMP_NUM_THREADS" not in host.environ and not host.full:  # the full level measures speed, with all cores
         changed["OMP_NUM_THREADS"] = str(_threads(device))
     request = Request(
         "device",

@@ -19,7 +19,7 @@ STEPS: dict[str, Step] = {
     "matmul_4bit": Step("four_bit", "matmul"),
     "blockwise_8bit": Step("blockwise", "round_trip"),
     "int8": Step("int8", "linear"),
-    "optimizer_8bit": Step("optimizer", "adamw_step"),
+    "optimizer_8bit": Step("optimizer", "adamw_step", apart=True),
     "bandwidth": Step("speed", "bandwidth", full=True),
     "speed_4bit": Step("speed", "four_bit_against_16", full=True),
 }

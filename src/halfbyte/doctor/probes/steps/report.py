@@ -39,12 +39,15 @@ class Step:
         function: Its name there; takes the device and whether to be thorough.
         basic: Those after it do not run when it fails.
         full: It only runs at the full level.
+        apart: It has a child of its own, beside the others: what it imports takes seconds (torch's optimizers import
+            torch's compiler).
     """
 
     module: str
     function: str
     basic: bool = False
     full: bool = False
+    apart: bool = False
 
     def run(self, device: str, thorough: bool) -> Report:
         """Import and run it."""
