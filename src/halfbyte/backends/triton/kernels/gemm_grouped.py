@@ -4,17 +4,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from halfbyte.backends.triton.kernels.gemm_small_batch import (
-    _accumulate,
     _activation_layout,
-    _block_index,
-    _load_activations,
-    _load_scales,
-    _load_words,
+    _multiply,
     _scale_layout,
-    _split_scales,
+    _sums_layout,
     _word_layout,
 )
-from halfbyte.backends.triton.kernels.pair_table import _fill_pair_table
 
 __all__ = ["_gemm_4bit_grouped_kernel"]
 
@@ -60,7 +55,7 @@ def _gemm_4bit_grouped_kernel(
     if expert > E:
         return
     here = gl.minimum(expert, E - 1)
-    acc_l: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[KW, NW, 1], instr_shape=[1, 16, 8])
+    acc_l: gl.constexpr = _sums_layout(KW, NW)
     w_l: gl.constexpr = _word_layout(KW, NW, BN, J)
     x_l: gl.constexpr = _activation_layout(KW, NW, BM, J)
     s_l: gl.constexpr = _scale_layout(KW, NW, BN, NS)
@@ -90,49 +85,11 @@ def _gemm_4bit_grouped_kernel(
     s_start = (sz * per_slice)[:, None, None]
     s_row = (sn * row_blocks)[None, :, None]
     scales = absmax_8bit if NESTED else absmax
-    if NESTED:
-        offset = gl.load(absmax_offset)
-
-    acc = gl.zeros((KW, BN, BM), gl.float32, acc_l)
-    if AHEAD > 0:
-        ws = _load_words(w_ptrs, w_start, 0, groups, J, U, EVEN)
-        index = _block_index(s_row, s_start, 0, si, CHAIN, BLOCK_GROUPS, True)
-        q = _load_scales(scales, index, s_start, 0, si, groups, CHAIN, EVEN)
-        lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
-        for g in range(U, per_slice, U):
-            ws_next = _load_words(w_ptrs, w_start, g, groups, J, U, EVEN)
-            index_next = _block_index(s_row, s_start, g, si, CHAIN, BLOCK_GROUPS, True)
-            q_next = _load_scales(scales, index_next, s_start, g, si, groups, CHAIN, EVEN)
-            xs = _load_activations(x_ptrs, x_mask, x_start, g - U, groups, J, U, EVEN)
-            if NESTED:
-                s = gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset
-            else:
-                s = q
-            ss = _split_scales(s)
-            acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
-            ws = ws_next
-            q = q_next
-            index = index_next
-        xs = _load_activations(x_ptrs, x_mask, x_start, per_slice - U, groups, J, U, EVEN)
-        if NESTED:
-            s = gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset
-        else:
-            s = q
-        ss = _split_scales(s)
-        acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
-    else:
-        lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
-        for g in range(0, per_slice, U):
-            ws = _load_words(w_ptrs, w_start, g, groups, J, U, EVEN)
-            index = _block_index(s_row, s_start, g, si, CHAIN, BLOCK_GROUPS, True)
-            q = _load_scales(scales, index, s_start, g, si, groups, CHAIN, EVEN)
-            xs = _load_activations(x_ptrs, x_mask, x_start, g, groups, J, U, EVEN)
-            if NESTED:
-                s = gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset
-            else:
-                s = q
-            ss = _split_scales(s)
-            acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
+    acc = _multiply(
+        (w_ptrs, w_start, lane), (x_ptrs, x_mask, x_start), (scales, s_row, s_start, si),
+        (absmax, absmax_code, absmax_offset), pairs, groups, per_slice, acc_l,
+        BN, BM, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, True, NESTED, AHEAD,
+    )  # fmt: skip
 
     total = gl.sum(acc, axis=0)
     o_l: gl.constexpr = gl.SliceLayout(0, acc_l)

@@ -32,6 +32,12 @@ def _bits(count, step, axis):
 
 
 @gluon.constexpr_function
+def _sums_layout(KW, NW):
+    """Where the sums [KW, BN, BM] live."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[KW, NW, 1], instr_shape=[1, 16, 8])
+
+
+@gluon.constexpr_function
 def _word_layout(KW, NW, BN, J):
     """Where the 32-bit words of a weight tile [KW, BN, 4*J] live: J neighbours a lane, rows as in an MMA A fragment."""
     return gl.DistributedLinearLayout(
@@ -170,6 +176,76 @@ def _accumulate(
     return acc
 
 
+@gluon.jit
+def _scales_of(q, index, nested, NESTED: gl.constexpr):
+    """Scales, one tensor for each block of an iteration, of what was loaded for blocks ``index``."""
+    absmax, absmax_code, offset = nested
+    if NESTED:
+        s = gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset
+    else:
+        s = q
+    return _split_scales(s)
+
+
+@gluon.jit
+def _multiply(
+    weight, activation, blocks, nested, pairs, groups, per_slice, acc_l: gl.constexpr,
+    BN: gl.constexpr, BM: gl.constexpr, J: gl.constexpr, U: gl.constexpr, CHAIN: gl.constexpr,
+    BLOCK_GROUPS: gl.constexpr, KW: gl.constexpr, NW: gl.constexpr, EVEN: gl.constexpr, ALIGNED: gl.constexpr,
+    NESTED: gl.constexpr, AHEAD: gl.constexpr,
+):  # fmt: skip
+    """Sums [KW, BN, BM] of all groups of every slice of K.
+
+    ``weight``: addresses of the words of the slice's first group, its number, and the lane's place in the decode table;
+    ``activation``: addresses, mask, number; ``blocks``: absmax or its codes, and of what :func:`_block_index` is made;
+    ``nested``: absmax of the codes, their map and the offset's address. Constants are the kernel's.
+    """
+    NS: gl.constexpr = U // CHAIN
+    w_ptrs, w_start, lane = weight
+    x_ptrs, x_mask, x_start = activation
+    scales, s_row, s_start, si = blocks
+    absmax, absmax_code, absmax_offset = nested
+    offset = gl.load(absmax_offset) if NESTED else 0.0
+    second = (absmax, absmax_code, offset)
+    acc = gl.zeros((KW, BN, BM), gl.float32, acc_l)
+    if AHEAD > 0:
+        ws = _load_words(w_ptrs, w_start, 0, groups, J, U, EVEN)
+        index = _block_index(s_row, s_start, 0, si, CHAIN, BLOCK_GROUPS, ALIGNED)
+        q = _load_scales(scales, index, s_start, 0, si, groups, CHAIN, EVEN)
+        if AHEAD > 1:
+            xs = _load_activations(x_ptrs, x_mask, x_start, 0, groups, J, U, EVEN)
+        lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
+        for g in range(U, per_slice, U):
+            ws_next = _load_words(w_ptrs, w_start, g, groups, J, U, EVEN)
+            index_next = _block_index(s_row, s_start, g, si, CHAIN, BLOCK_GROUPS, ALIGNED)
+            q_next = _load_scales(scales, index_next, s_start, g, si, groups, CHAIN, EVEN)
+            if AHEAD > 1:
+                xs_next = _load_activations(x_ptrs, x_mask, x_start, g, groups, J, U, EVEN)
+            else:
+                xs = _load_activations(x_ptrs, x_mask, x_start, g - U, groups, J, U, EVEN)
+            ss = _scales_of(q, index, second, NESTED)
+            acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
+            ws = ws_next
+            q = q_next
+            index = index_next
+            if AHEAD > 1:
+                xs = xs_next
+        if AHEAD == 1:
+            xs = _load_activations(x_ptrs, x_mask, x_start, per_slice - U, groups, J, U, EVEN)
+        ss = _scales_of(q, index, second, NESTED)
+        acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
+    else:
+        lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
+        for g in range(0, per_slice, U):
+            ws = _load_words(w_ptrs, w_start, g, groups, J, U, EVEN)
+            index = _block_index(s_row, s_start, g, si, CHAIN, BLOCK_GROUPS, ALIGNED)
+            q = _load_scales(scales, index, s_start, g, si, groups, CHAIN, EVEN)
+            xs = _load_activations(x_ptrs, x_mask, x_start, g, groups, J, U, EVEN)
+            ss = _scales_of(q, index, second, NESTED)
+            acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
+    return acc
+
+
 @gluon.jit(do_not_specialize=["M"])
 def _gemm_4bit_small_batch_kernel(
     w_ptr, x_ptr, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, pairs,
@@ -187,7 +263,7 @@ def _gemm_4bit_small_batch_kernel(
     iteration ahead, 2 the activation too. With SPLIT > 1 the fp32 sums of every split go to ``out_ptr`` [SPLIT, M, N].
     """
     NS: gl.constexpr = U // CHAIN
-    acc_l: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[KW, NW, 1], instr_shape=[1, 16, 8])
+    acc_l: gl.constexpr = _sums_layout(KW, NW)
     w_l: gl.constexpr = _word_layout(KW, NW, BN, J)
     x_l: gl.constexpr = _activation_layout(KW, NW, BM, J)
     s_l: gl.constexpr = _scale_layout(KW, NW, BN, NS)
@@ -219,58 +295,12 @@ def _gemm_4bit_small_batch_kernel(
     s_start = ((piece + sz) * per_slice)[:, None, None]
     s_row = ((sn if ALIGNED else sn.to(gl.int64)) * row_blocks)[None, :, None]
     scales = absmax_8bit if NESTED else absmax
-    if NESTED:
-        offset = gl.load(absmax_offset)
-
-    acc = gl.zeros((KW, BN, BM), gl.float32, acc_l)
     lane = (wn_all % 8)[None, :, None] * 4 + (ww // J)[None, None, :]
-    if AHEAD > 0:
-        ws = _load_words(w_ptrs, w_start, 0, groups, J, U, EVEN)
-        index = _block_index(s_row, s_start, 0, si, CHAIN, BLOCK_GROUPS, ALIGNED)
-        q = _load_scales(scales, index, s_start, 0, si, groups, CHAIN, EVEN)
-        if AHEAD > 1:
-            xs = _load_activations(x_ptrs, x_mask, x_start, 0, groups, J, U, EVEN)
-        lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
-        for g in range(U, per_slice, U):
-            ws_next = _load_words(w_ptrs, w_start, g, groups, J, U, EVEN)
-            index_next = _block_index(s_row, s_start, g, si, CHAIN, BLOCK_GROUPS, ALIGNED)
-            q_next = _load_scales(scales, index_next, s_start, g, si, groups, CHAIN, EVEN)
-            if AHEAD > 1:
-                xs_next = _load_activations(x_ptrs, x_mask, x_start, g, groups, J, U, EVEN)
-            else:
-                xs = _load_activations(x_ptrs, x_mask, x_start, g - U, groups, J, U, EVEN)
-            if NESTED:
-                s = gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset
-            else:
-                s = q
-            ss = _split_scales(s)
-            acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
-            ws = ws_next
-            q = q_next
-            index = index_next
-            if AHEAD > 1:
-                xs = xs_next
-        if AHEAD == 1:
-            xs = _load_activations(x_ptrs, x_mask, x_start, per_slice - U, groups, J, U, EVEN)
-        if NESTED:
-            s = gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset
-        else:
-            s = q
-        ss = _split_scales(s)
-        acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
-    else:
-        lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
-        for g in range(0, per_slice, U):
-            ws = _load_words(w_ptrs, w_start, g, groups, J, U, EVEN)
-            index = _block_index(s_row, s_start, g, si, CHAIN, BLOCK_GROUPS, ALIGNED)
-            q = _load_scales(scales, index, s_start, g, si, groups, CHAIN, EVEN)
-            xs = _load_activations(x_ptrs, x_mask, x_start, g, groups, J, U, EVEN)
-            if NESTED:
-                s = gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset
-            else:
-                s = q
-            ss = _split_scales(s)
-            acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
+    acc = _multiply(
+        (w_ptrs, w_start, lane), (x_ptrs, x_mask, x_start), (scales, s_row, s_start, si),
+        (absmax, absmax_code, absmax_offset), pairs, groups, per_slice, acc_l,
+        BN, BM, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, ALIGNED, NESTED, AHEAD,
+    )  # fmt: skip
 
     total = gl.sum(acc, axis=0)
     o_l: gl.constexpr = gl.SliceLayout(0, acc_l)
