@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["cpu_has_native_bf16", "default_compute_dtype"]
+__all__ = ["compute_dtype_for", "cpu_has_native_bf16", "default_compute_dtype"]
+
+
+def compute_dtype_for(x: Tensor, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype of a product with ``x``: what was asked for, a 16-bit input's own, or the device's default.
+
+    >>> compute_dtype_for(torch.zeros(1, dtype=torch.float16), None)
+    torch.float16
+    """
+    if asked is not None:
+        return asked
+    return x.dtype if x.dtype in (torch.bfloat16, torch.float16) else default_compute_dtype(x.device)
 
 
 def default_compute_dtype(device: torch.device) -> torch.dtype:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from halfbyte import backends as _backends  # defines and binds the ops
 from halfbyte.functional import format_of, kernel_scales
-from halfbyte.nn.embedding_kinds import take_over
+from halfbyte.nn.embedding_kinds import QuantizedTable, take_over
 from halfbyte.nn.holds_4bit import Holds4bit
 from halfbyte.nn.linear_4bit import fix_4bit_weight_quant_state_from_module
 from halfbyte.nn.params import Params4bit
@@ -21,7 +19,7 @@ _ops = torch.ops.halfbyte
 del _backends
 
 
-class Embedding4bit(Holds4bit, torch.nn.Embedding):
+class Embedding4bit(QuantizedTable, Holds4bit, torch.nn.Embedding):
     """``torch.nn.Embedding`` with a frozen table that becomes 4-bit codes on its first move to a device.
 
     Rows of any length work; those that are no multiple of the block size (64) share blocks with their neighbours, and
@@ -98,15 +96,6 @@ class Embedding4bit(Holds4bit, torch.nn.Embedding):
         shape, blocksize, kind, _ = format_of(state)
         scales = kernel_scales(state)
         return _ops.embedding_4bit(input, self.weight, shape, scales[0], blocksize, kind, self.dtype, *scales[1:])
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Embedding4bit:
-        super()._apply(fn, recurse)
-        # Codes keep their dtype; what a look-up returns follows the model it feeds.
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
-    def weight_shape(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim
 
 
 class EmbeddingFP4(Embedding4bit):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from halfbyte.errors import QuantStateMissingError
 from halfbyte.functional import int8_vectorwise_dequant
-from halfbyte.nn.embedding_kinds import take_over
+from halfbyte.nn.embedding_kinds import QuantizedTable, take_over
 from halfbyte.nn.holds_8bit import Holds8bit
 from halfbyte.nn.int8_params import Int8Params
 
 __all__ = ["Embedding8bit"]
 
 
-class Embedding8bit(Holds8bit, torch.nn.Embedding):
+class Embedding8bit(QuantizedTable, Holds8bit, torch.nn.Embedding):
     """``torch.nn.Embedding`` with a frozen table that becomes int8 codes on its first move to a device.
 
     Args:
@@ -73,12 +71,3 @@ class Embedding8bit(Holds8bit, torch.nn.Embedding):
             )
         codes = F.embedding(input, self.weight.data)
         return int8_vectorwise_dequant(codes, scales[input].reshape(-1)).to(self.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Embedding8bit:
-        super()._apply(fn, recurse)
-        # Codes keep their dtype; what a look-up returns follows the model it feeds.
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
-    def weight_shape(self) -> tuple[int, int]:
-        return self.num_embeddings, self.embedding_dim

@@ -15,10 +15,29 @@ from torch import Tensor
 
 from halfbyte.errors import UnsupportedError
 
-__all__ = ["class_for", "take_over", "why_not"]
+__all__ = ["QuantizedTable", "class_for", "take_over", "why_not"]
 
 _FACTS = "_table_facts"
 _FACTS_READ = {"dtype", "device"}
+
+
+class QuantizedTable(torch.nn.Module):
+    """What quantized tables do alike; stands before the class that holds their codes."""
+
+    num_embeddings: int
+    embedding_dim: int
+    dtype: torch.dtype
+    """Of what a look-up returns."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        # Codes keep their dtype; what a look-up returns follows the model it feeds.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return self
+
+    def weight_shape(self) -> tuple[int, int]:
+        """Shape of the table before it was quantized."""
+        return self.num_embeddings, self.embedding_dim
 
 
 def why_not(kind: type[torch.nn.Embedding]) -> str | None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from halfbyte.autograd.grouped_4bit import group_rows, grouped_matmul_4bit
-from halfbyte.errors import CheckpointError, HalfbyteError, QuantStateMissingError, UnsupportedError
+from halfbyte.errors import QuantStateMissingError, UnsupportedError
 from halfbyte.formats import blocks
 from halfbyte.functional import dequantize_4bit
-from halfbyte.nn.compute_dtype import default_compute_dtype
-from halfbyte.nn.holds_4bit import loadable
+from halfbyte.nn.compute_dtype import compute_dtype_for
+from halfbyte.nn.holds_4bit import HoldsParams4bit, loadable, pop_stats
 from halfbyte.nn.params import Params4bit
 from halfbyte.quant_state import QuantState
 
@@ -52,7 +52,7 @@ def why_not_experts(module: torch.nn.Module) -> str | None:
     return None
 
 
-class Experts4bit(torch.nn.Module):
+class Experts4bit(HoldsParams4bit):
     """Mixed into the class of an experts' layer of transformers: its stacked weights are Params4bit.
 
     ``Experts4bit.take_over(module, ...)`` turns a layer into one in place. Each expert is quantized by itself, row by
@@ -175,9 +175,7 @@ class Experts4bit(torch.nn.Module):
         self._remember(name)
 
     def _product(self, name: str, x: Tensor, order: Tensor, ends: Tensor) -> Tensor:
-        dtype = self.compute_dtype
-        if dtype is None:
-            dtype = x.dtype if x.dtype in (torch.bfloat16, torch.float16) else default_compute_dtype(x.device)
+        dtype = compute_dtype_for(x, self.compute_dtype)
         bias = getattr(self, f"{name}_bias") if getattr(self, "has_bias", False) else None
         product = grouped_matmul_4bit(
             x.to(dtype),
@@ -192,22 +190,8 @@ class Experts4bit(torch.nn.Module):
             product = product + extra(x, order, ends)
         return product
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # torch would copy the data into the old parameters but leave their quant_states where they were.
-        weights = {name: self._parameters[name] for name in self.four_bit_names}
-        ours = {name: weight for name, weight in weights.items() if isinstance(weight, Params4bit)}
-        for name in ours:
-            self._parameters[name] = None
-        try:
-            super()._apply(fn, recurse)
-            for name, weight in ours.items():
-                self._parameters[name] = weight.adopted(fn(weight))
-        except BaseException:
-            self._parameters.update(weights)
-            raise
-        for name in ours:
-            self._remember(name)
-        return self
+    def held_names(self) -> tuple[str, ...]:
+        return self.four_bit_names
 
     def _remember(self, name: str) -> None:
         state = getattr(self._parameters[name], "quant_state", None)
@@ -223,54 +207,9 @@ class Experts4bit(torch.nn.Module):
                 for key, value in self.state_of(name).as_dict(packed=True).items():
                     destination[f"{prefix}{name}.{key}"] = value if keep_vars else value.detach()
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Takes packed codes with their companion keys, or plain values (quantized if this layer is)."""
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        try:
-            loaded = self._all_loadable(state_dict, prefix, assign)
-        except HalfbyteError as error:
-            error_msgs.append(f"{prefix}{error}")
-            for name in self._parameters:  # nothing else of the layer must change either
-                state_dict.pop(prefix + name, None)
-            return
-        for name in loaded:
-            del state_dict[prefix + name]
-        shown: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, shown, unexpected_keys, error_msgs)
-        missing_keys += [key for key in shown if key.removeprefix(prefix) not in loaded]
-        for name, parameter in loaded.items():
-            own: Any = self._parameters[name]
-            if assign or not isinstance(own, Params4bit) or not own.takes(parameter):
-                self._parameters[name] = parameter
-            self._remember(name)
-
-    def _all_loadable(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> dict[str, Params4bit]:
-        found: dict[str, Params4bit] = {}
-        for name in self.four_bit_names:
-            stats_prefix = f"{prefix}{name}."
-            stats = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(stats_prefix)}
-            weight = state_dict.get(f"{prefix}{name}")
-            if stats and weight is None:
-                raise CheckpointError(f"{name}.* without {name}", expected="both")
-            if weight is not None:
-                try:
-                    made = loadable(getattr(self, name), self.shape_of(name), weight, stats, assign)
-                except HalfbyteError as error:
-                    raise CheckpointError(
-                        f"{name}: {error.message}", expected=error.expected, hint=error.hint
-                    ) from None
-                if made is not None:
-                    found[name] = made
-        return found
+    def _loadable(self, name: str, state_dict: dict[str, Any], prefix: str, assign: bool) -> Params4bit | None:
+        stats, weight = pop_stats(state_dict, f"{prefix}{name}")
+        return None if weight is None else loadable(getattr(self, name), self.shape_of(name), weight, stats, assign)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """Shape of that parameter before it was quantized: experts, rows, columns."""

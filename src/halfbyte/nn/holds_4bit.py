@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.errors import CheckpointError, HalfbyteError
+from halfbyte.errors import CheckpointError
+from halfbyte.nn.holds import Holds
 from halfbyte.nn.params import Params4bit
 from halfbyte.ops.arguments import check_packed, check_storage_dtype
 from halfbyte.quant_state import QuantState
 
-__all__ = ["Holds4bit", "loadable"]
+__all__ = ["Holds4bit", "HoldsParams4bit", "loadable", "pop_stats"]
 
 
-class Holds4bit(torch.nn.Module):
+class HoldsParams4bit(Holds):
+    """Base of modules whose parameters of :meth:`held_names` are Params4bit."""
+
+    def _moves_itself(self, parameter: Any) -> bool:
+        return isinstance(parameter, Params4bit)
+
+    def _take(self, name: str, loaded: Params4bit, assign: bool) -> None:
+        own = getattr(self, name)
+        if assign or not isinstance(own, Params4bit) or not own.takes(loaded):
+            setattr(self, name, loaded)
+        self._remember(name)
+
+
+class Holds4bit(HoldsParams4bit):
     """Base of modules whose ``weight`` is a Params4bit; stands before torch's own class."""
 
     weight: Any  # a Params4bit; sharding wrappers put their own parameters here
@@ -36,22 +49,10 @@ class Holds4bit(torch.nn.Module):
         """
         del state_dict, prefix
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # torch would copy the data into the old parameter but leave its quant_state where it was.
-        weight = self.weight
-        if not isinstance(weight, Params4bit):
-            super()._apply(fn, recurse)
-            return self
-        self._parameters["weight"] = None
-        try:
-            super()._apply(fn, recurse)
-            self.weight = weight.adopted(fn(weight))
-        except BaseException:
-            self._parameters["weight"] = weight
-            raise
-        self.weight.module = self
-        self.quant_state = self.weight.quant_state
-        return self
+    def _remember(self, name: str) -> None:
+        own = getattr(self, name)
+        own.module = self
+        self.quant_state = own.quant_state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -80,46 +81,15 @@ class Holds4bit(torch.nn.Module):
                     setattr(self.weight, key, value)
         return state
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        """Takes packed codes with their ``weight.*`` keys, or plain values (quantized if this layer is)."""
-        stats_prefix = f"{prefix}weight."
-        stats = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(stats_prefix)}
-        weight = state_dict.get(f"{prefix}weight")
-        assign = bool(local_metadata.get("assign_to_params_buffers", False))
-        try:
-            if stats and weight is None:
-                raise CheckpointError(f"{stats_prefix}* without {prefix}weight", expected="both")
-            loaded = None
-            if weight is not None and _is_sharded(self.weight):
-                self._take_scales(stats)
-            elif weight is not None:
-                loaded = loadable(self.weight, self.weight_shape(), weight, stats, assign)
-            self._check_others(state_dict, prefix)
-        except HalfbyteError as error:
-            error_msgs.append(f"{prefix}weight: {error}")
-            # Nothing else of the layer must change either.
-            for name in self._parameters:
-                state_dict.pop(prefix + name, None)
-            return
-        if loaded is not None:
-            del state_dict[f"{prefix}weight"]
-        shown: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, shown, unexpected_keys, error_msgs)
-        missing_keys += [key for key in shown if loaded is None or key != f"{prefix}weight"]
-        if loaded is not None:
-            if assign or not isinstance(self.weight, Params4bit) or not self.weight.takes(loaded):
-                self.weight = loaded
-            self.weight.module = self
-            self.quant_state = loaded.quant_state
+    def _loadable(self, name: str, state_dict: dict[str, Any], prefix: str, assign: bool) -> Params4bit | None:
+        stats, weight = pop_stats(state_dict, f"{prefix}{name}")
+        made = None
+        if weight is not None and _is_sharded(self.weight):
+            self._take_scales(stats)
+        elif weight is not None:
+            made = loadable(self.weight, self.weight_shape(), weight, stats, assign)
+        self._check_others(state_dict, prefix)
+        return made
 
     def _take_scales(self, stats: dict[str, Any]) -> None:
         """Scales for a sharded weight; torch copies the shards of the codes themselves."""
@@ -136,6 +106,19 @@ class Holds4bit(torch.nn.Module):
 def _is_sharded(weight: Any) -> bool:
     """Whether ``fully_shard`` has put a DTensor in the weight's place."""
     return hasattr(weight, "device_mesh")
+
+
+def pop_stats(state_dict: dict[str, Any], key: str) -> tuple[dict[str, Any], Any]:
+    """The keys that describe the parameter ``key``, taken out of ``state_dict``, and the parameter, which stays.
+
+    Raises:
+        CheckpointError: They are there, and the parameter is not.
+    """
+    stats = {each: state_dict.pop(each) for each in list(state_dict) if each.startswith(f"{key}.")}
+    parameter = state_dict.get(key)
+    if stats and parameter is None:
+        raise CheckpointError(f"{key}.* without {key}", expected="both")
+    return stats, parameter
 
 
 def loadable(

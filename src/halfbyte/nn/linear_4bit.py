@@ -9,7 +9,7 @@ from torch import Tensor
 
 from halfbyte.autograd import matmul_4bit
 from halfbyte.errors import CheckpointError, QuantStateMissingError
-from halfbyte.nn.compute_dtype import default_compute_dtype
+from halfbyte.nn.compute_dtype import compute_dtype_for
 from halfbyte.nn.holds_4bit import Holds4bit
 from halfbyte.nn.params import Params4bit
 from halfbyte.nn.repeated_4bit import Repeated
@@ -90,11 +90,7 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
 
     def compute_dtype_for(self, x: Tensor) -> torch.dtype:
         """The dtype in which the product with ``x`` is computed."""
-        if self.compute_dtype is not None:
-            return self.compute_dtype
-        if x.dtype in (torch.bfloat16, torch.float16):
-            return x.dtype
-        return default_compute_dtype(x.device)
+        return compute_dtype_for(x, self.compute_dtype)
 
     def set_compute_type(self, x: Tensor) -> None:
         """Kept for callers: :meth:`compute_dtype_for` chooses in each forward pass, and nothing is remembered."""
