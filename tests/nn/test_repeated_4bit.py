@@ -110,6 +110,20 @@ def replace_second_level(layer: Linear4bit) -> None:
     layer.weight.quant_state.state2.absmax = layer.weight.quant_state.state2.absmax * 2
 
 
+def replace_data_of_the_second_level(layer: Linear4bit) -> None:
+    second = layer.weight.quant_state.state2
+    second.absmax.data = second.absmax.data * 2
+
+
+def replace_data_of_the_codes_levels(layer: Linear4bit) -> None:
+    second = layer.weight.quant_state.state2
+    second.code.data = second.code.data * 2
+
+
+def replace_data_of_the_offset(layer: Linear4bit) -> None:
+    layer.weight.quant_state.offset.data = torch.tensor(1.5)
+
+
 def replace_kind(layer: Linear4bit) -> None:
     layer.weight.quant_state.quant_type = "fp4"
 
@@ -135,7 +149,8 @@ def load_assigned(layer: Linear4bit) -> None:
 
 
 CHANGES = [
-    replace_weight, replace_data, replace_state, replace_absmax, replace_offset, replace_second_level, replace_kind,
+    replace_weight, replace_data, replace_state, replace_absmax, replace_offset, replace_second_level,
+    replace_data_of_the_second_level, replace_data_of_the_codes_levels, replace_data_of_the_offset, replace_kind,
     replace_bias, replace_bias_data, remove_bias, load, load_assigned,
 ]  # fmt: skip
 
@@ -155,6 +170,16 @@ def test_a_layer_that_changed_computes_with_what_it_has_now(
     assert len(repeats) == 1
     torch.testing.assert_close(layer(X), now)
     assert len(repeats) == 2
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_scales_that_were_computed_for_one_call_are_not_repeated(repeats: list[torch.Size]) -> None:
+    layer = layer_of()
+    state = layer.weight.quant_state
+    state.state2.blocksize = 64  # no kernel decodes that: scales are decoded before each call, and freed after it
+    first = layer(X)
+    torch.testing.assert_close(layer(X), first, rtol=0, atol=0)
+    assert repeats == []
 
 
 @pytest.mark.usefixtures("no_grad")

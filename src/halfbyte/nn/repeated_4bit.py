@@ -76,11 +76,13 @@ class Repeated:
         state = getattr(weight, "quant_state", None)
         if state is None or state is not self._state():
             return False
-        packed, absmax, bias_address = self._addresses
+        packed, bias_address, absmax, nested = self._addresses
         with _DisableTorchFunctionSubclass():  # the parameter's own __torch_function__ would answer every question
             if weight.data_ptr() != packed or state.absmax.data_ptr() != absmax:
                 return False
             if (0 if bias is None else bias.data_ptr()) != bias_address:
+                return False
+            if nested is not None and nested != _nested_addresses(state):
                 return False
         if changes() != self._changes:  # some state's attribute was set: of this one?
             if _format(state) != self._format:
@@ -100,6 +102,11 @@ class Repeated:
             self._calls.clear()
         shape, blocksize, kind, _ = format_of(state)
         scales = kernel_scales(state)
+        if scales[0] is not state.absmax and scales[1] is None:
+            # They were computed for one call and are freed after it: a kernel that kept their address would read
+            # whatever lies there then.
+            self._calls[x.shape] = None
+            return
         with _DisableTorchFunctionSubclass():
             self._calls[x.shape] = registry.prepare(
                 "gemm_4bit", x, weight, shape, scales[0], blocksize, kind, bias, *scales[1:]
@@ -121,16 +128,30 @@ class Repeated:
         return own
 
 
-def _addresses(weight: Tensor, state: QuantState, bias: Tensor | None) -> tuple[int, int, int]:
+def _addresses(
+    weight: Tensor, state: QuantState, bias: Tensor | None
+) -> tuple[int, int, int, tuple[int | None, ...] | None]:
+    """Where everything lies that a kernel reads: nobody is told when a tensor's ``.data`` is set."""
     with _DisableTorchFunctionSubclass():
-        return weight.data_ptr(), state.absmax.data_ptr(), 0 if bias is None else bias.data_ptr()
+        return (
+            weight.data_ptr(), 0 if bias is None else bias.data_ptr(), state.absmax.data_ptr(),
+            None if state.state2 is None else _nested_addresses(state),
+        )  # fmt: skip
+
+
+def _nested_addresses(state: QuantState) -> tuple[int | None, ...]:
+    second, offset = state.state2, state.offset
+    if second is None:
+        return ()
+    code = second.code
+    return (
+        second.absmax.data_ptr(), None if code is None else code.data_ptr(),
+        None if offset is None else offset.data_ptr(),
+    )  # fmt: skip
 
 
 def _format(state: QuantState) -> tuple[object, ...]:
     """What a kernel takes from a state beside the addresses that are looked at in every call."""
     second = state.state2
-    others = (state.offset, None if second is None else second.absmax, None if second is None else second.code)
-    return (
-        state.shape, state.blocksize, state.quant_type, state.nested,
-        *(None if tensor is None else tensor.data_ptr() for tensor in others),
-    )  # fmt: skip
+    nested = None if second is None else (second.blocksize, second.nested)
+    return state.shape, state.blocksize, state.quant_type, state.nested, nested
