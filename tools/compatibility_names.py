@@ -27,8 +27,8 @@ def page() -> str:
     """The whole page."""
     halfbyte.install_as_bitsandbytes(replace=True)
     listed: dict[str, Any] = json.loads(LIST.read_text(encoding="utf-8"))
-    present = _rows(listed["0.50.2"], listed["better"])
-    former = _rows(listed["0.43.3"], listed["better"])
+    present = _rows(listed, "0.50.2")
+    former = _rows(listed, "0.43.3")
     for module in sorted(retired.INTERNAL):
         present.append((f"{module}.*", "module", "not applicable", f"use {retired.MODULES[module]}"))
     for module in listed["modules of 0.43.3"]:
@@ -43,14 +43,14 @@ def page() -> str:
     return text.rstrip("\n") + "\n"
 
 
-def _rows(modules: dict[str, Any], better: dict[str, str]) -> list[tuple[str, str, str, str]]:
+def _rows(listed: dict[str, Any], version: str) -> list[tuple[str, str, str, str]]:
     rows: list[tuple[str, str, str, str]] = []
-    for module, members in modules.items():
+    for module, members in listed[version].items():
         for name in members:
             whole = f"{module}.{name}".lstrip(".")
-            if name.startswith("_") or whole in {"cpu_ops", "default_ops", "backends", "diagnostics"}:
+            if name.startswith("_") or whole in listed["its own use"]:
                 continue
-            rows.append((whole, *_standing(module, name, better.get(whole, ""))))
+            rows.append((whole, *_standing(module, name, listed["better"].get(whole, ""))))
     return rows
 
 
@@ -63,12 +63,8 @@ def _standing(module: str, name: str, note: str) -> tuple[str, str, str]:
         return "", "missing", note
     kinds = ((inspect.isclass, "class"), (inspect.isroutine, "function"), (inspect.ismodule, "module"))
     kind = next((kind for is_kind, kind in kinds if is_kind(value)), "value")
-    entry = next((retired.RETIRED[one] for one in _places(module, name) if one in retired.RETIRED), None)
-    if entry is not None and getattr(value, "__doc__", "") == f"Raises: use {entry.use}.":
-        use = entry.use if entry.use.startswith("nothing") else f"use {entry.use}"
-        return kind, "refused" if entry.gone else "not applicable", use.replace("|", "\\|")
+    retired_name = names.retired_name(module, name)
+    if retired_name is not None:
+        entry = retired.RETIRED[retired_name]
+        return kind, "refused" if entry.gone else "not applicable", entry.hint.replace("|", "\\|")
     return kind, "better" if note else "implemented", note
-
-
-def _places(module: str, name: str) -> list[str]:
-    return [f"{module}.{name}".lstrip("."), f"functional.{name}", f"autograd._functions.{name}", f"nn.modules.{name}"]

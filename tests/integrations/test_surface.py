@@ -20,17 +20,18 @@ from tests.support.python import python, python_code
 
 LIST: dict[str, Any] = json.loads((Path(__file__).parents[1] / "contracts" / "bitsandbytes_surface.json").read_text())
 INSTALL = "import halfbyte; halfbyte.install_as_bitsandbytes()\n"
-ITS_OWN = {"backends", "diagnostics", "cpu_ops", "default_ops"}
-PRESENT = [(m, n) for m, members in LIST["0.50.2"].items() for n in members if f"{m}.{n}".lstrip(".") not in ITS_OWN]
+PRESENT = [
+    (m, n)
+    for m, members in LIST["0.50.2"].items()
+    for n in members
+    if f"{m}.{n}".lstrip(".") not in LIST["its own use"]
+]
 FORMER = [(m, n) for m, members in LIST["0.43.3"].items() for n in members]
 PARAMETERS_OF_NEW = {"Params4bit", "Int8Params"}
 
 
 def is_refused(module: str, name: str) -> bool:
-    places = (module, "functional", "autograd._functions", "nn.modules")
-    entry = next((retired.RETIRED.get(f"{place}.{name}".lstrip(".")) for place in places), None)
-    found = [retired.RETIRED.get(f"{place}.{name}".lstrip(".")) for place in places]
-    return entry is not None or any(found)
+    return names.retired_name(module, name) is not None
 
 
 def named(module: str, name: str) -> Any:
@@ -96,9 +97,22 @@ def test_a_stand_in_of_a_class_can_be_asked_about() -> None:
     assert not isinstance(torch.zeros(1), named("functional", "COOSparseTensor"))
 
 
-def test_every_retired_name_is_in_the_list() -> None:
+def test_a_stand_in_is_one_and_the_same_by_every_path() -> None:
+    assert named("functional", "COOSparseTensor") is named("functional", "COOSparseTensor")
+    assert named("autograd", "undo_layout") is named("autograd._functions", "undo_layout")
+
+
+@pytest.mark.parametrize("whole", retired.RETIRED)
+def test_every_retired_name_is_refused_with_what_to_use(whole: str) -> None:
+    module, _, name = whole.rpartition(".")
+    value = named(module, name)
+    with pytest.raises(UnsupportedError, match=rf"^bitsandbytes\.{whole} .*\nhint: (use |nothing)"):
+        value["adam"] if isinstance(value, dict) else value()
+
+
+def test_every_retired_and_every_better_name_is_in_the_list() -> None:
     listed = {f"{m}.{n}".lstrip(".") for m, n in (*PRESENT, *FORMER)}
-    assert {name for name in retired.RETIRED if name not in listed} == set()
+    assert {name for name in (*retired.RETIRED, *LIST["better"]) if name not in listed} == set()
 
 
 def test_the_page_of_names_is_current() -> None:

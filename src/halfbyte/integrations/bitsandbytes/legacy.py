@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import ArgumentError
-from halfbyte.functional import create_dynamic_map, int8_linear_matmul
+from halfbyte.functional import create_dynamic_map, int8_linear_matmul, quantize_blockwise
 from halfbyte.integrations.bitsandbytes.cextension import lib
 
 __all__ = [
@@ -224,8 +224,6 @@ def batched_igemm(
 
 def quantize_no_absmax(A: Tensor, code: Tensor, out: Tensor | None = None) -> Tensor:
     """Codes of values that lie in -1 to 1 already, nearest in a rising map of 256."""
-    from halfbyte.functional import quantize_blockwise
-
     # One more value fixes the scale of the one block at 1.
     padded = torch.cat([A.detach().reshape(-1).float().clamp(-1.0, 1.0), torch.ones(1, device=A.device)])
     codes, _ = quantize_blockwise(padded, code, blocksize=padded.numel())

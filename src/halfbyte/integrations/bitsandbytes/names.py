@@ -8,7 +8,7 @@ import logging
 from typing import Any
 
 from halfbyte._version import __version__
-from halfbyte.integrations.bitsandbytes.retired import advice_for_module, stand_in
+from halfbyte.integrations.bitsandbytes.retired import RETIRED, advice_for_module, stand_in
 
 __all__ = [
     "FEATURES",
@@ -18,6 +18,7 @@ __all__ = [
     "is_there",
     "lookup",
     "public_names",
+    "retired_name",
 ]
 
 VERSION = "0.50.2+halfbyte"
@@ -109,7 +110,7 @@ _ELSEWHERE: dict[str, dict[str, str]] = {
 _LOGGERS = frozenset({"autograd._functions", "cextension", "cuda_specs", "nn.modules", "optim.optimizer", "utils"})
 """Modules with a ``logger`` of their own name."""
 
-_BELOW = {"functional": "functional", "nn.modules": "functional", "autograd": "autograd._functions", "nn": "nn.modules"}
+_RETIRED_IN = {"autograd": "autograd._functions", "nn.modules": "functional"}
 """Where else a retired name may be listed: bitsandbytes imports some of them on."""
 
 
@@ -151,11 +152,20 @@ def lookup(module: str, name: str) -> Any:
         found = getattr(importlib.import_module(place), there or name, None) if _exists(place) else None
         if found is not None:
             return found
-    for place in (module, _BELOW.get(module)):
-        found = None if place is None else stand_in(f"{place}.{name}".lstrip("."))
-        if found is not None:
-            return found
+    listed = retired_name(module, name)
+    if listed is not None:
+        return stand_in(listed)
     raise AttributeError(missing(whole))
+
+
+def retired_name(module: str, name: str) -> str | None:
+    """The name under which ``bitsandbytes.<module>.<name>`` is listed as retired; None where it is not.
+
+    >>> retired_name("autograd", "undo_layout"), retired_name("nn", "Linear4bit")
+    ('autograd._functions.undo_layout', None)
+    """
+    places = (f"{place}.{name}".lstrip(".") for place in (module, _RETIRED_IN.get(module, module)))
+    return next((place for place in places if place in RETIRED), None)
 
 
 def missing(what: str) -> str:

@@ -5,16 +5,15 @@ A stand-in can be imported, so that a script that never calls it runs; called, o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+import functools
+from typing import Any, NamedTuple, NoReturn
 
 from halfbyte.errors import UnsupportedError
 
 __all__ = ["INTERNAL", "MODULES", "RETIRED", "Retired", "advice_for_module", "stand_in"]
 
 
-@dataclass(frozen=True)
-class Retired:
+class Retired(NamedTuple):
     """Why a name is not there.
 
     Attributes:
@@ -26,6 +25,11 @@ class Retired:
     use: str
     gone: str = ""
     kind: str = "function"
+
+    @property
+    def hint(self) -> str:
+        """The replacement as an instruction."""
+        return self.use if self.use.startswith("nothing") else f"use {self.use}"
 
 
 def _group(module: str, gone: str, kind: str = "function", **uses: str) -> dict[str, Retired]:
@@ -158,6 +162,7 @@ def advice_for_module(module: str) -> str | None:
     return None
 
 
+@functools.cache
 def stand_in(name: str) -> Any:
     """Something to import under a retired name, that raises when it is used; None for a name that is not retired.
 
@@ -173,12 +178,11 @@ def stand_in(name: str) -> Any:
 
     def refuse(*_args: object, **_named: object) -> NoReturn:
         gone = f"was dropped in bitsandbytes {entry.gone}" if entry.gone else "has no counterpart in halfbyte"
-        use = entry.use if entry.use.startswith("nothing") else f"use {entry.use}"
-        raise UnsupportedError(f"bitsandbytes.{name} {gone}", hint=use)
+        raise UnsupportedError(f"bitsandbytes.{name} {gone}", hint=entry.hint)
 
     short = name.rpartition(".")[2]
     refuse.__name__ = refuse.__qualname__ = short
-    refuse.__doc__ = f"Raises: use {entry.use}."
+    refuse.__doc__ = f"Raises: {entry.hint}."
     if entry.kind == "function":
         return refuse
     members = {"__new__": refuse, "__doc__": refuse.__doc__, "__module__": f"bitsandbytes.{name.rpartition('.')[0]}"}
