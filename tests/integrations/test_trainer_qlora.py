@@ -35,7 +35,8 @@ def rows() -> list[dict[str, Tensor]]:
 
 def trainer(folder: Path, out: Path, bits: int, **settings: Any) -> Trainer:
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=config(bits))
-    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=True)
+    recomputed = settings.get("gradient_checkpointing", True)  # peft's helper switches it on whatever the Trainer says
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=recomputed)
     torch.manual_seed(1)
     model = get_peft_model(base, LoraConfig(r=8, target_modules=TARGETS, lora_dropout=0.1))
     arguments = TrainingArguments(
@@ -59,6 +60,10 @@ def trainer(folder: Path, out: Path, bits: int, **settings: Any) -> Trainer:
     return Trainer(model, arguments, train_dataset=rows())
 
 
+def losses(one: Trainer) -> list[float]:
+    return [entry["loss"] for entry in one.state.log_history if "loss" in entry]
+
+
 def adapter(one: Trainer) -> dict[str, Tensor]:
     model: Any = one.model
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -71,13 +76,37 @@ def test_a_run_that_was_stopped_ends_where_an_uninterrupted_one_does(
 ) -> None:
     whole = trainer(tiny_dir, tmp_path / "whole", bits, optim=name)
     whole.train()
-    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.15
+    assert losses(whole)[-1] < losses(whole)[0] - 0.15
     inner: Any = getattr(whole.optimizer, "optimizer", whole.optimizer)
     assert type(inner) is optim.AdamW
     assert inner.is_paged
     stopped = trainer(tiny_dir, tmp_path / "stopped", bits, optim=name)
     stopped.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
-    assert [entry["loss"] for entry in stopped.state.log_history if "loss" in entry] == losses
+    assert losses(stopped) == losses(whole)
     expected = adapter(whole)
     assert all(torch.equal(value, expected[key]) for key, value in adapter(stopped).items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gradient_checkpointing_changes_no_loss_and_no_weight(
+    bits: int, reentrant: bool, tiny_dir: Path, tmp_path: Path
+) -> None:
+    def trained(on: bool) -> tuple[Trainer, int]:
+        # The Trainer seeds dropout when it is made, not when it trains: it trains at once.
+        settings = {"gradient_checkpointing": on, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        one = trainer(tiny_dir, tmp_path / str(on), bits, save_strategy="no", **settings)
+        calls = []
+        model: Any = one.model
+        model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").register_forward_hook(
+            lambda *_: calls.append(1)
+        )
+        one.train()
+        return one, len(calls)
+
+    plain, calls = trained(False)
+    recomputed, twice = trained(True)
+    assert (calls, twice) == (8, 16)
+    assert losses(recomputed) == losses(plain)
+    expected = adapter(plain)
+    assert all(torch.equal(value, expected[key]) for key, value in adapter(recomputed).items())
