@@ -79,8 +79,11 @@ def logits(model: Any, ids: Tensor) -> Tensor:
         return model(ids).logits.float().cuda()
 
 
-def near(found: Tensor, expected: Tensor, share: float = 0.05) -> bool:
-    # In bf16 this model's logits are off by up to 0.017 on either side.
+def near(found: Tensor, expected: Tensor, share: float = 0.03) -> bool:
+    # Computed on a CPU for 40 inputs of this model: moving every module's bf16 output by up to 2^-8 of itself, which is
+    # more than another order of sums does, moves the logits by at most 0.012 of their norm with 4 bits and 0.022 with
+    # 8, where an activation may also get another int8 code. The scales of one projection, shifted by a row, move them
+    # by 0.036 at least.
     return bool((found - expected).norm() < share * expected.norm())
 
 
