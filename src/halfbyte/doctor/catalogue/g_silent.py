@@ -7,7 +7,7 @@ from halfbyte.doctor.catalogue.links import links
 
 __all__ = ["CLASSES"]
 
-_RECEIPT = Remedy("see what was quantized, and in what it computes", "print(halfbyte.receipt(model))")
+_RECEIPT = Remedy("see what was quantized, and in what it computes", "halfbyte.receipt(model)")
 
 CLASSES = (
     FailureClass(

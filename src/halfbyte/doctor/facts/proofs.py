@@ -124,11 +124,12 @@ def _prove(host: Host, device: Device, backend: str = "") -> DeviceProof:
         TIMEOUT * (3 if host.full else 1),
         changed=changed,
     )
-    parts = [[name for name in names if name not in APART]]
-    if any(name in APART for name in names):
-        parts.append([name for name in names if name in BASIC or name in APART])
+    apart = () if host.full else APART  # nothing runs beside what is timed
+    parts = [[name for name in names if name not in apart]]
+    if any(name in apart for name in names):
+        parts.append([name for name in names if name in BASIC or name in apart])
     with ThreadPoolExecutor(len(parts)) as pool:
-        ran = list(pool.map(lambda steps: _run_steps(host, request, steps), parts))
+        ran = list(pool.map(lambda steps: _run_steps(host, request, device, steps), parts))
     backends = next((verdicts for _, verdicts in ran if verdicts), ())
     together: dict[str, StepProof] = {}
     for steps, _ in reversed(ran):  # of a step that ran twice, the first part's report stands
@@ -145,10 +146,9 @@ def _threads(device: Device) -> int:
 
 
 def _run_steps(
-    host: Host, request: Request, names: list[str]
+    host: Host, request: Request, device: Device, names: list[str]
 ) -> tuple[dict[str, StepProof], tuple[tuple[str, str], ...]]:
     """Run steps in a child, and what a crash left over in further ones; their reports and the backends' verdicts."""
-    device = Device(str(request.arguments["device"]))
     found: dict[str, StepProof] = {}
     backends: tuple[tuple[str, str], ...] = ()
     left = names
