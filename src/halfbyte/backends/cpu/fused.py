@@ -8,7 +8,7 @@ import functools
 from torch import Tensor
 
 from halfbyte.backends.cpu import host, threads
-from halfbyte.backends.cpu.call import DTYPES, Kernel, Variant, kernel
+from halfbyte.backends.cpu.call import DTYPES, Kernel, Launch, Variant, kernel
 from halfbyte.backends.cpu.kernels import rows
 from halfbyte.backends.cpu.kernels.level import CHUNK, Level
 from halfbyte.backends.cpu.kernels.product import ROWS
@@ -37,31 +37,24 @@ def blocks_of(blocksize: int) -> int:
     return max(1, rows.WIDE // blocksize)
 
 
-def by_rows(activations: Tensor, weight: Weight, out: Tensor) -> None:
+def by_rows(activations: Tensor, weight: Weight) -> Launch:
     """Very few activations: several rows at a time, 128 codes in one register."""
     batch, columns = activations.shape
     level = host.level()
-    dtype = DTYPES[activations.dtype]
-    blocks = blocks_of(weight.blocksize)
+    dtype, blocks = DTYPES[activations.dtype], blocks_of(weight.blocksize)
     prepare, product, pairs = _row_kernels(level, dtype, weight.scales.nested, blocks, batch)
-    x, groups = scratch(batch * columns * (2 if pairs else 4)), columns // rows.WIDE
-    prepare(batch, activations.data_ptr(), x, activations.stride(0) * activations.element_size(), groups)
+    size, groups = batch * columns * (2 if pairs else 4), columns // rows.WIDE
     a_piece = -(-weight.rows // (TOGETHER * 8 * threads.count())) * TOGETHER
-    product(
-        -(-weight.rows // a_piece),
-        weight.packed.data_ptr(),
-        x,
-        out.data_ptr(),
-        weight.bias_address,
-        weight.table.address,
-        *weight.scales.addresses,
-        max(0, weight.blocksize.bit_length() - rows.WIDE.bit_length()),
-        weight.rows,
-        groups,
-        batch,
-        a_piece,
-        columns // 2 * TOGETHER,
-    )
+    pieces, packed, inputs = -(-weight.rows // a_piece), weight.packed_address, weight.inputs
+    shift = max(0, weight.blocksize.bit_length() - rows.WIDE.bit_length())
+    numbers = (shift, weight.rows, groups, batch, a_piece, columns // 2 * TOGETHER)
+
+    def launch(source: int, stride: int, out: int) -> None:
+        x = scratch(size)
+        prepare(batch, source, x, stride, groups)
+        product(pieces, packed, x, out, *inputs, *numbers)
+
+    return launch
 
 
 @functools.cache
@@ -80,34 +73,27 @@ def row_variants(level: Level, dtype: str, nested: bool, blocks: int, tile: int)
     ]
 
 
-def by_chunks(activations: Tensor, weight: Weight, out: Tensor) -> None:
+def by_chunks(activations: Tensor, weight: Weight) -> Launch:
     """Few activations, on every level: rows in groups that share a panel of activations."""
     batch, columns = activations.shape
     dtype = DTYPES[activations.dtype]
     tile, chunks = _tile(batch), weight.chunks
-    count = -(-batch // tile)
-    prepare, product, size = _chunk_kernels(host.level(), dtype, weight.scales.nested, weight.blocksize < CHUNK, tile)
-    x = scratch(count * tile * columns * size)
-    if batch % tile:  # what is left of the last tile
-        ctypes.memset(x + (count - 1) * tile * columns * size, 0, tile * columns * size)
-    prepare(batch, activations.data_ptr(), x, activations.stride(0) * activations.element_size(), chunks)
+    count, halves = -(-batch // tile), weight.blocksize < CHUNK
+    prepare, product, size = _chunk_kernels(host.level(), dtype, weight.scales.nested, halves, tile)
+    tile_bytes = tile * columns * size
     a_piece = -(-weight.rows // (ROWS * 8 * threads.count())) * ROWS
-    product(
-        -(-weight.rows // a_piece),
-        weight.packed.data_ptr(),
-        x,
-        out.data_ptr(),
-        weight.bias_address,
-        weight.table.address,
-        *weight.scales.addresses,
-        max(0, weight.blocksize.bit_length() - CHUNK.bit_length()),
-        weight.rows,
-        chunks,
-        batch,
-        count,
-        max(1, PANEL_BYTES // (tile * CHUNK * size)),
-        a_piece,
-    )
+    pieces, packed, inputs = -(-weight.rows // a_piece), weight.packed_address, weight.inputs
+    shift, panel = max(0, weight.blocksize.bit_length() - CHUNK.bit_length()), PANEL_BYTES // (tile * CHUNK * size)
+    numbers = (shift, weight.rows, chunks, batch, count, max(1, panel), a_piece)
+
+    def launch(source: int, stride: int, out: int) -> None:
+        x = scratch(count * tile_bytes)
+        if batch % tile:  # what is left of the last tile
+            ctypes.memset(x + (count - 1) * tile_bytes, 0, tile_bytes)
+        prepare(batch, source, x, stride, chunks)
+        product(pieces, packed, x, out, *inputs, *numbers)
+
+    return launch
 
 
 @functools.cache

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from halfbyte.backends.cpu import fused, host, memory, sliced, tables, tiled
+from halfbyte.backends.cpu.call import Launch
 from halfbyte.backends.cpu.kernels.level import CHUNK
 from halfbyte.backends.cpu.scales import Scales
 from halfbyte.backends.cpu.weight import Weight
@@ -30,7 +31,40 @@ FUSED_BATCH = {
 Measured by ``benchmarks/cpu_tune.py`` on Sapphire Rapids and Zen 3; the other levels are guesses by lanes."""
 
 
-@implements("cpu", "gemm_4bit")
+def _prepare(
+    A: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Callable[[Tensor], Tensor] | None:
+    """The product with contiguous activations of A's shape and dtype, while the other tensors stay in place."""
+    rows, columns = shapeB
+    given = [tensor for tensor in (B, absmax, bias, absmax_8bit, absmax_code, absmax_offset) if tensor is not None]
+    offset_fits = absmax_offset is None or absmax_offset.dtype == torch.float32
+    if not A.numel() or not rows or not offset_fits or not all(tensor.is_contiguous() for tensor in given):
+        return None
+    scales = Scales(absmax, absmax_8bit, absmax_code, absmax_offset)
+    weight = Weight(B, shapeB, scales, blocksize, tables.lookup_of(quant_type), bias)
+    launch = _fused(A.detach().view(-1, columns), weight)
+    if launch is None:
+        return None
+    shape, dtype, stride = (*A.shape[:-1], rows), A.dtype, columns * A.element_size()
+
+    def repeat(x: Tensor) -> Tensor:
+        out = memory.empty(shape, dtype)
+        launch(x.data_ptr(), stride, out.data_ptr())
+        return out
+
+    return repeat
+
+
+@implements("cpu", "gemm_4bit", prepare=_prepare)
 def gemm_4bit(
     A: Tensor,
     B: Tensor,
@@ -77,16 +111,23 @@ def _product(A: Tensor, weight: Weight, out: Tensor) -> None:
     activations = A if A.dim() == 2 and A.is_contiguous() else A.detach().reshape(-1, columns)
     if activations.stride(1) != 1:
         activations = activations.contiguous()
-    if columns % CHUNK:
+    launch = _fused(activations, weight)
+    if launch is None:
         sliced.multiply(activations.detach(), weight, out.view(-1, weight.rows))
-    elif fused.takes_rows(activations.shape[0], columns):
-        fused.by_rows(activations, weight, out)
-    elif tiled.takes(activations):
-        tiled.multiply(activations, weight, out)
-    elif activations.shape[0] <= _fused_batch(out.dtype):
-        fused.by_chunks(activations, weight, out)
     else:
-        sliced.multiply(activations.detach(), weight, out.view(-1, weight.rows))
+        launch(activations.data_ptr(), activations.stride(0) * activations.element_size(), out.data_ptr())
+
+
+def _fused(activations: Tensor, weight: Weight) -> Launch | None:
+    """One of the products that decode the weight as they go; None where slices are faster."""
+    batch, columns = activations.shape
+    if columns % CHUNK:
+        return None
+    if fused.takes_rows(batch, columns):
+        return fused.by_rows(activations, weight)
+    if tiled.takes(activations):
+        return tiled.by_tiles(activations, weight)
+    return fused.by_chunks(activations, weight) if batch <= _fused_batch(activations.dtype) else None
 
 
 def _fused_batch(dtype: torch.dtype) -> int:

@@ -50,9 +50,9 @@ def lookup(levels: bytes) -> Table:
     return Table.of(block)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def lookup_of(quant_type: str) -> Table:
-    """Lookup block of a registered 4-bit codebook."""
+    """Lookup block of a registered 4-bit codebook; kept for good, as products that are repeated know its address."""
     return lookup(codebook(quant_type).table.tobytes())
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.backends.cpu import host, threads
-from halfbyte.backends.cpu.call import Kernel, Variant, kernel
+from halfbyte.backends.cpu.call import Kernel, Launch, Variant, kernel
 from halfbyte.backends.cpu.kernels import tiles
 from halfbyte.backends.cpu.kernels.level import CHUNK, Level
 from halfbyte.backends.cpu.weight import Weight
 from halfbyte.backends.cpu.workspace import scratch
 
-__all__ = ["WIDE", "multiply", "takes", "variants"]
+__all__ = ["WIDE", "by_tiles", "takes", "variants"]
 
 LEAST = 4
 """Activations from which tiles are faster than vectors."""
@@ -80,47 +80,41 @@ def variants(nested: bool, halves: bool, wide: int, whole: bool) -> list[Variant
     return [("prepare_tiles", {}), ("product_tiles", {"nested": nested, "halves": halves, **shape})]
 
 
-def multiply(activations: Tensor, weight: Weight, out: Tensor) -> None:
-    """``activations @ weight.T + bias`` into ``out``."""
+def by_tiles(activations: Tensor, weight: Weight) -> Launch:
+    """From a few activations to any number of them."""
     batch, columns = activations.shape
-    chunks, count = weight.chunks, threads.count()
-    plan = _plan(batch, weight.rows, chunks, count)
-    across = plan.groups * plan.wide
-    prepare, product = _kernels(
-        host.level(), weight.scales.nested, weight.blocksize < CHUNK, plan.wide, plan.groups == 1
-    )
-    size = across * tiles.SIDE * columns * 2
-    x = scratch(size + tiles.COUNTER_BYTES + count * plan.workspace_bytes)
-    a_piece = -(-chunks // max(1, 2 * count // across))
-    a_tile = -(-chunks // a_piece)
-    prepare(
-        across * a_tile,
-        activations.data_ptr(),
-        x,
-        activations.stride(0) * activations.element_size(),
-        chunks,
-        batch,
-        a_piece,
-        a_tile,
-    )
-    address = x + size
-    ctypes.c_int64.from_address(address).value = 0
-    product(
-        -(-weight.rows // plan.rows_a_piece),
-        weight.packed.data_ptr(),
-        x,
-        out.data_ptr(),
-        weight.bias_address,
-        weight.table.address,
-        *weight.scales.addresses,
-        max(0, weight.blocksize.bit_length() - CHUNK.bit_length()),
-        weight.rows,
-        chunks,
-        batch,
-        plan.groups,
-        plan.panel,
-        plan.rows_a_piece,
-        address,
-        plan.workspace_bytes,
-        plan.panel * CHUNK // 2,
-    )
+    rows, chunks, halves = weight.rows, weight.chunks, weight.blocksize < CHUNK
+    nested, packed, inputs = weight.scales.nested, weight.packed_address, weight.inputs
+    shift = max(0, weight.blocksize.bit_length() - CHUNK.bit_length())
+
+    def launch(source: int, stride: int, out: int) -> None:
+        count = threads.count()  # each has memory of its own, so the number must be that of this call
+        plan = _plan(batch, rows, chunks, count)
+        across = plan.groups * plan.wide
+        prepare, product = _kernels(host.level(), nested, halves, plan.wide, plan.groups == 1)
+        size = across * tiles.SIDE * columns * 2
+        x = scratch(size + tiles.COUNTER_BYTES + count * plan.workspace_bytes)
+        a_piece = -(-chunks // max(1, 2 * count // across))
+        a_tile = -(-chunks // a_piece)
+        prepare(across * a_tile, source, x, stride, chunks, batch, a_piece, a_tile)
+        address = x + size
+        ctypes.c_int64.from_address(address).value = 0
+        product(
+            -(-rows // plan.rows_a_piece),
+            packed,
+            x,
+            out,
+            *inputs,
+            shift,
+            rows,
+            chunks,
+            batch,
+            plan.groups,
+            plan.panel,
+            plan.rows_a_piece,
+            address,
+            plan.workspace_bytes,
+            plan.panel * CHUNK // 2,
+        )
+
+    return launch

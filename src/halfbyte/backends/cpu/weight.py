@@ -47,5 +47,11 @@ class Weight:
         return self.columns // CHUNK
 
     @property
-    def bias_address(self) -> int:
-        return 0 if self.bias is None else self.bias.data_ptr()
+    def packed_address(self) -> int:
+        return self.packed.data_ptr()
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Addresses of the bias, the levels and the scales, in the kernels' order."""
+        bias = 0 if self.bias is None else self.bias.data_ptr()
+        return bias, self.table.address, *self.scales.addresses

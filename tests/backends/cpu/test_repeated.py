@@ -1,0 +1,106 @@
+"""Products that are repeated with the same weight are the ordinary ones, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from halfbyte.backends import registry
+from halfbyte.backends.cpu import matmul as cpu
+from halfbyte.backends.cpu import tiled
+from halfbyte.backends.cpu.kernels.levels import Level
+from halfbyte.backends.reference import four_bit as reference
+from halfbyte.nn import Linear4bit
+from tests.backends.cpu.nesting import nest
+from tests.backends.cpu.test_emulated import emulated, levels  # noqa: F401  (fixtures)
+from tests.support.hard_inputs import DTYPES, weights
+
+ROWS, COLUMNS = 50, 256
+
+
+def arguments(blocksize: int = 64, double: bool = False, biased: torch.dtype | None = None) -> tuple[object, ...]:
+    """What gemm_4bit takes after the activations."""
+    packed, absmax = reference.quantize_4bit(weights(ROWS * COLUMNS), blocksize, "nf4", torch.uint8)
+    scales = nest(absmax) if double else (absmax, None, None, None)
+    bias = None if biased is None else torch.randn(ROWS).to(biased)
+    return packed, [ROWS, COLUMNS], scales[0], blocksize, "nf4", bias, *scales[1:]
+
+
+def repeated(x: Tensor, *weight: object) -> Callable[[Tensor], Tensor] | None:
+    torch.ops.halfbyte.gemm_4bit(x, *weight)
+    return registry.prepare("gemm_4bit", x, *weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096])
+@pytest.mark.usefixtures("level")
+def test_a_repeated_product_is_the_ordinary_one(blocksize: int, double: bool, dtype: torch.dtype) -> None:
+    weight = arguments(blocksize, double, dtype)
+    for batch in (1, 2, 3, 4):
+        call = repeated(torch.randn(batch, COLUMNS).to(dtype), *weight)
+        assert call is not None
+        for _ in range(2):
+            other = torch.randn(batch, COLUMNS).to(dtype)
+            assert torch.equal(call(other), cpu.gemm_4bit(other, *weight))
+
+
+def test_the_result_has_the_activations_leading_dimensions() -> None:
+    x, weight = torch.randn(2, 1, COLUMNS), arguments()
+    call = repeated(x, *weight)
+    assert call is not None
+    assert torch.equal(call(x), cpu.gemm_4bit(x, *weight))
+
+
+@pytest.mark.parametrize("batch", [5, 40])
+def test_tiles_are_repeated_on_more_threads_than_they_were_prepared_for(
+    emulated: Callable[[str], None],  # noqa: F811
+    use_threads: Callable[[int], None],
+    batch: int,
+) -> None:
+    """Each thread works in memory of its own, so their number counts at the time of the call."""
+    emulated("amx")
+    weight, x = arguments(), torch.randn(batch, COLUMNS).bfloat16()
+    assert tiled.takes(x)
+    use_threads(1)
+    call = repeated(x, *weight)
+    assert call is not None
+    expected = cpu.gemm_4bit(x, *weight)
+    use_threads(4)
+    assert torch.equal(call(x), expected)
+
+
+def test_what_would_need_a_copy_is_not_repeated() -> None:
+    x = torch.randn(2, COLUMNS)
+    strided = (*arguments()[:5], torch.randn(2 * ROWS)[::2], None, None, None)
+    nested = list(arguments(double=True))
+    offset = nested[-1]
+    assert isinstance(offset, Tensor)
+    for weight in (strided, (*nested[:-1], offset.half())):
+        assert repeated(x, *weight) is None
+
+
+@pytest.mark.usefixtures("level")
+def test_products_by_slices_are_not_repeated() -> None:
+    assert repeated(torch.randn(200, COLUMNS), *arguments()) is None
+
+
+def test_a_layer_repeats_its_products(level: Level, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call does not come to the backend's op."""
+    del level
+    asked: list[torch.Size] = []
+    ordinary = cpu._product
+
+    def product(A: Tensor, *rest: object) -> None:
+        asked.append(A.shape)
+        ordinary(A, *rest)
+
+    monkeypatch.setattr(cpu, "_product", product)
+    layer, x = Linear4bit(COLUMNS, ROWS, True, torch.float32, True, "nf4").to("cpu"), torch.randn(1, COLUMNS)
+    with torch.no_grad():
+        first = layer(x)
+        assert torch.equal(layer(x), first)
+    assert asked == [x.shape]
