@@ -10,7 +10,7 @@ from torch import Tensor
 
 from halfbyte.backends import registry
 from halfbyte.backends.cpu import matmul as cpu
-from halfbyte.backends.cpu import tiled
+from halfbyte.backends.cpu import tiled, workspace
 from halfbyte.backends.cpu.kernels.levels import Level
 from halfbyte.backends.reference import four_bit as reference
 from halfbyte.nn import Linear4bit
@@ -59,18 +59,26 @@ def test_the_result_has_the_activations_leading_dimensions() -> None:
 def test_tiles_are_repeated_on_more_threads_than_they_were_prepared_for(
     emulated: Callable[[str], None],  # noqa: F811
     use_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
     batch: int,
 ) -> None:
     """Each thread works in memory of its own, so their number counts at the time of the call."""
     emulated("amx")
     weight, x = arguments(), torch.randn(batch, COLUMNS).bfloat16()
-    assert tiled.takes(x)
     use_threads(1)
     call = repeated(x, *weight)
     assert call is not None
-    expected = cpu.gemm_4bit(x, *weight)
+    sizes: list[int] = []
+
+    def scratch(nbytes: int) -> int:
+        sizes.append(nbytes)
+        return workspace.scratch(nbytes)
+
+    monkeypatch.setattr(tiled, "scratch", scratch)
     use_threads(4)
-    assert torch.equal(call(x), expected)
+    assert torch.equal(call(x), cpu.gemm_4bit(x, *weight))
+    repeated_size, ordinary_size = sizes
+    assert repeated_size == ordinary_size
 
 
 def test_what_would_need_a_copy_is_not_repeated() -> None:
