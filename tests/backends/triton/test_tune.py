@@ -45,6 +45,9 @@ def test_the_users_own_file_goes_before_ours(own: Path) -> None:
     found = tuning.read("sm_90")
     assert found is not None
     assert (found.device, found.fused) == ("Mine", ((64, 64, 8),))
+    # The command measures no backward.
+    assert found.backward
+    assert (found.backward, found.fused_backward) == (ours.backward, ours.fused_backward)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"device": "x", "tiles": [{}], "fused": []}'])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -137,23 +137,27 @@ def _parse(text: str) -> Table:
 def read(arch: str) -> Table | None:
     """The tuning table of an architecture: the user's own (``halfbyte bench tune``), else ours, else None.
 
+    The user's own has no tiles of the backward, which that command does not measure: ours serve.
+
     Raises:
         ArgumentError: The user's own cannot be read.
     """
-    own = _env.cache_dir() / "tuning" / f"{arch}.json"
-    if own.is_file():
-        try:
-            return _parse(own.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArgumentError(
-                f"{own} is no tuning file: {error!r}",
-                expected="what `halfbyte bench tune` writes",
-                hint="delete it, or run: halfbyte bench tune",
-            ) from None
     file = resources.files("halfbyte.backends.triton") / "tuning" / f"{arch}.json"
-    if not file.is_file():
-        return None
-    return _parse(file.read_text(encoding="utf-8"))
+    ours = _parse(file.read_text(encoding="utf-8")) if file.is_file() else None
+    path = _env.cache_dir() / "tuning" / f"{arch}.json"
+    if not path.is_file():
+        return ours
+    try:
+        own = _parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArgumentError(
+            f"{path} is no tuning file: {error!r}",
+            expected="what `halfbyte bench tune` writes",
+            hint="delete it, or run: halfbyte bench tune",
+        ) from None
+    if ours is None or own.backward:
+        return own
+    return replace(own, backward=ours.backward, fused_backward=ours.fused_backward)
 
 
 def _distance(n: int, k: int, other_n: int, other_k: int) -> float:
