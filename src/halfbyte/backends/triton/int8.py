@@ -116,6 +116,7 @@ def int8_linear(
     n, k = CB.shape
     rows = A.numel() // k
     index = A.device.index
+    threshold = float(threshold)  # a whole number would be compiled in as one, for all that share the plan
     out = torch.empty((*A.shape[:-1], n), dtype=A.dtype, device=A.device)
     # One row may have any shape and stride: it is its own matrix.
     x = A if rows == 1 and A.stride(-1) == 1 else _matrix(A)
