@@ -64,7 +64,8 @@ def main(argv: Sequence[str]) -> int:
     if options.command == "tune":
         return _tune(options)
     device = _device(options.device)
-    rows = [row for n, k in options.shape or SHAPES for row in _figures(n, k, device)]
+    with _current(device):  # graphs are captured, and waited for, on the current GPU
+        rows = [row for n, k in options.shape or SHAPES for row in _figures(n, k, device)]
     if options.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -89,6 +90,13 @@ def _device(name: str | None) -> Any:
             hint="run: halfbyte doctor",
         ) from None  # fmt: skip
     return device
+
+
+def _current(device: Any) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one."""
+    import torch
+
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _figures(rows: int, columns: int, device: Any) -> list[dict[str, Any]]:
