@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from halfbyte.backends.triton import gemm, launch
 from halfbyte.backends.triton.kernels import dequantize, gemm_portable
+from halfbyte.errors import ArgumentError
 
 
 @pytest.mark.skipif(
@@ -123,3 +124,14 @@ def test_a_repeated_launch_leaves_misaligned_activations_alone(monkeypatch: pyte
     assert call is not None
     assert call(x[1:]) is None
     assert calls == []
+
+
+def test_tensors_that_begin_at_16_bytes_are_aligned_together_only() -> None:
+    x = torch.zeros(65)
+    assert launch.aligned(x, None, x[4:])
+    assert not launch.aligned(x, None, x[1:])
+
+
+def test_a_tensor_that_no_gpu_reads_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"of the 4-bit weight is on cpu(.*\n)*.*layer\.to\(device\)"):
+        launch.check_devices("weight", "layer", None, torch.zeros(1))

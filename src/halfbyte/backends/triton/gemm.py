@@ -17,7 +17,7 @@ from halfbyte.backends.triton.dequantize import Nested, as_bytes, offset_fp32
 from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of, words_of
 from halfbyte.backends.triton.fused import FusedPlan, fused_kernels
 from halfbyte.backends.triton.kernels.gemm_portable import _gemm_4bit_portable_kernel
-from halfbyte.backends.triton.launch import ALIGNMENT, on_device, start
+from halfbyte.backends.triton.launch import ALIGNMENT, aligned, check_devices, on_device, start
 from halfbyte.backends.triton.tuning import (
     FUSED_BATCHES,
     backward_tile_for,
@@ -25,7 +25,6 @@ from halfbyte.backends.triton.tuning import (
     fused_up_to,
     tile_for,
 )
-from halfbyte.errors import ArgumentError
 
 __all__ = ["FusedPlan", "gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit", "make_plan"]
 
@@ -70,25 +69,6 @@ def make_plan(
     return FusedPlan(m, n, k, blocksize, pairs, words, tile, x_stride, nested=nested, bias=bias)
 
 
-def _aligned(*tensors: Tensor | None) -> bool:
-    addresses = 0
-    for tensor in tensors:
-        if tensor is not None:
-            addresses |= tensor.data_ptr()
-    return addresses % ALIGNMENT == 0
-
-
-def _check_devices(*tensors: Tensor | None) -> None:
-    """Refuse tensors that no GPU can read: their addresses would end the process's use of the GPU."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_cuda:
-            raise ArgumentError(
-                f"a tensor of the 4-bit weight is on {tensor.device}",
-                expected="all on the activation's GPU",
-                hint="move the layer, not its tensors: layer.to(device) takes the quant_state along",
-            )
-
-
 def _realigned(tensor: Tensor | None) -> Tensor | None:
     """A small tensor where the compiled kernel expects it: views of packed state may begin anywhere."""
     return tensor if tensor is None or tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
@@ -122,7 +102,7 @@ def _prepare(
     plan = _plans.get(_key(A, B, rows, n, k, k, blocksize, quant_type, absmax_8bit is not None, bias is not None))
     tensors = [tensor for tensor in (B, absmax, *nested, bias) if tensor is not None]
     offset_fits = absmax_offset is None or absmax_offset.dtype == torch.float32
-    in_place = offset_fits and all(tensor.is_contiguous() for tensor in tensors) and _aligned(*tensors)
+    in_place = offset_fits and all(tensor.is_contiguous() for tensor in tensors) and aligned(*tensors)
     if not isinstance(plan, FusedPlan) or not in_place or k % 8:
         return None
     return plan.repeated(B, absmax, nested, bias, (*A.shape[:-1], n), A.device.index)
@@ -169,11 +149,11 @@ def gemm_4bit(
         nested = offset_fp32(nested)
     packed = B if B.is_contiguous() else B.contiguous()
     absmax = absmax if absmax.is_contiguous() else absmax.contiguous()
-    _check_devices(packed, absmax, *nested, bias)
+    check_devices("weight", "layer", packed, absmax, *nested, bias)
     with on_device(index):
         if plan is not None and packed.data_ptr() % ALIGNMENT == 0:
-            if not _aligned(absmax, *nested, bias):
-                absmax = absmax if _aligned(absmax) else absmax.clone()
+            if not aligned(absmax, *nested, bias):
+                absmax = absmax if aligned(absmax) else absmax.clone()
                 nested = (_realigned(nested[0]), _realigned(nested[1]), _realigned(nested[2]))
                 bias = _realigned(bias)
             plan.run(x, packed, absmax, nested, bias, out, index)
@@ -269,9 +249,9 @@ def gemm_4bit_dgrad(
             m, n, k, blocksize, quant_type, grad.dtype, index, nested=absmax_8bit is not None
         )
     packed, absmax = as_bytes(B), absmax.contiguous()
-    _check_devices(packed, absmax, *nested)
+    check_devices("weight", "layer", packed, absmax, *nested)
     with on_device(index):
-        if plan is not None and _aligned(packed, absmax, *nested):
+        if plan is not None and aligned(packed, absmax, *nested):
             plan.run(rows, packed, absmax, nested, None, out, index)
         else:
             slices.backward(rows, packed, absmax, nested, blocksize, quant_type, out.view(-1, k))

@@ -17,8 +17,7 @@ from halfbyte.backends.triton.dequantize import Nested, as_bytes, offset_fp32
 from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of
 from halfbyte.backends.triton.grouped_tiles import SLICED_FROM, GroupedTile, tile_for
 from halfbyte.backends.triton.kernels.grouped import _gemm_4bit_grouped_portable_kernel, _group_rows_kernel
-from halfbyte.backends.triton.launch import Launcher, on_device, raw_stream, start
-from halfbyte.errors import ArgumentError
+from halfbyte.backends.triton.launch import Launcher, aligned, check_devices, on_device, raw_stream, start
 
 __all__ = ["GroupedPlan", "gemm_4bit_grouped", "group_rows", "tile_bound"]
 
@@ -69,7 +68,7 @@ def group_rows(experts: Tensor, count: int) -> tuple[Tensor, Tensor]:
     numbers = (rows, count, -(-rows // PLACED))
     grid = (numbers[2] + -(-count // PLACED), 1, 1)
     index = flat.device.index
-    key = (flat.dtype, index, flat.data_ptr() % 16 == 0)
+    key = (flat.dtype, index, aligned(flat))
     launcher = _sorters.get(key)
     if launcher is None:
         launcher = _sorters[key] = Launcher(_group_rows_kernel, (PLACED, COMPARED), num_warps=4)
@@ -165,9 +164,9 @@ def gemm_4bit_grouped(
     if not out.numel():
         return out
     nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
-    _check_devices(B, order, ends, absmax, *nested, bias)
+    check_devices("experts", "module", B, order, ends, absmax, *nested, bias)
     x = A
-    if A.stride(1) != 1 or A.stride(0) % 8 or A.data_ptr() % 16:
+    if A.stride(1) != 1 or A.stride(0) % 8 or not aligned(A):
         x = A.clone(memory_format=torch.contiguous_format)
     repeat, packed, index = rows // A.shape[0], as_bytes(B), A.device.index
     gpu = gpu_of(index)
@@ -178,7 +177,7 @@ def gemm_4bit_grouped(
                 x, packed, absmax, nested, order, ends, bias, out,
                 repeat=repeat, blocksize=blocksize, quant_type=quant_type, transposed=transposed,
             )  # fmt: skip
-        elif fused and _aligned(packed, order, ends, absmax, *nested, bias):
+        elif fused and aligned(packed, order, ends, absmax, *nested, bias):
             key = (
                 rows, count, n, k, x.stride(0), repeat, blocksize, quant_type, A.dtype, index, absmax_8bit is None,
                 bias is None,
@@ -206,21 +205,6 @@ def _fits(dtype: torch.dtype, shape: Sequence[int], blocksize: int) -> bool:
     if dtype == torch.float32 or blocksize < 64 or k % 64 or k % blocksize:
         return False
     return n * k // 8 < 1 << 31 and count * n * k // blocksize < 1 << 31
-
-
-def _aligned(*tensors: Tensor | None) -> bool:
-    return not any(tensor.data_ptr() % 16 for tensor in tensors if tensor is not None)
-
-
-def _check_devices(*tensors: Tensor | None) -> None:
-    """Refuse tensors that no GPU can read: their addresses would end the process's use of the GPU."""
-    for tensor in tensors:
-        if tensor is not None and not tensor.is_cuda:
-            raise ArgumentError(
-                f"a tensor of the 4-bit experts is on {tensor.device}",
-                expected="all on the activation's GPU",
-                hint="move the module, not its tensors: module.to(device) takes the quant_state along",
-            )
 
 
 def _portable(

@@ -13,12 +13,11 @@ from halfbyte.backends.triton.int8_tuning import Tile, tile_for
 from halfbyte.backends.triton.kernels.int8 import _int8_gather_kernel, _int8_rows_kernel
 from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel
 from halfbyte.backends.triton.kernels.int8_row import _int8_row_kernel
-from halfbyte.backends.triton.launch import Launcher, raw_stream, start
+from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, raw_stream, start
 from halfbyte.formats import int8
 
 __all__ = ["Plan", "RowPlan", "make_plan", "product", "quantize"]
 
-ALIGNMENT = 16
 OWN_WORDS = 16
 """Rows up to which every row writes its own bits of outlier columns: no memory has to be zeroed before."""
 

@@ -18,7 +18,19 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["ALIGNMENT", "DIRECT", "Launcher", "on_device", "on_its_device", "raw_stream", "start"]
+from halfbyte.errors import ArgumentError
+
+__all__ = [
+    "ALIGNMENT",
+    "DIRECT",
+    "Launcher",
+    "aligned",
+    "check_devices",
+    "on_device",
+    "on_its_device",
+    "raw_stream",
+    "start",
+]
 
 ALIGNMENT = 16
 """Bytes to which tensors must be aligned for kernels to be compiled for wide loads."""
@@ -28,6 +40,35 @@ DIRECT_VERSIONS = frozenset({(3, 6), (3, 9)})
 
 _version = tuple(int(part) for part in triton.__version__.split(".")[:2])
 DIRECT = _version in DIRECT_VERSIONS and torch.version.hip is None
+
+
+def aligned(*tensors: Tensor | None) -> bool:
+    """Whether every tensor begins where kernels may load widely."""
+    addresses = 0
+    for tensor in tensors:
+        if tensor is not None:
+            addresses |= tensor.data_ptr()
+    return addresses % ALIGNMENT == 0
+
+
+def check_devices(what: str, owner: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors that no GPU can read: their addresses would end the process's use of the GPU.
+
+    Args:
+        what: They are parts of, ``"weight"``.
+        owner: What the user moves, ``"layer"``.
+        tensors: All but the activation.
+
+    Raises:
+        ArgumentError: One is not on a GPU.
+    """
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_cuda:
+            raise ArgumentError(
+                f"a tensor of the 4-bit {what} is on {tensor.device}",
+                expected="all on the activation's GPU",
+                hint=f"move the {owner}, not its tensors: {owner}.to(device) takes the quant_state along",
+            )
 
 
 def raw_stream(index: int) -> int:
