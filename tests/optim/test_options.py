@@ -113,6 +113,30 @@ def test_steps_in_the_backward_pass_free_every_gradient(name: str) -> None:
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_a_parameter_without_a_gradient_takes_no_step_on_the_device_either() -> None:
+    often, once = parameter(), parameter()
+    optimizer = optim.AdamW8bit([often, once], capturable=True)
+    for number in range(3):
+        often.grad, once.grad = torch.randn(N), None if number else torch.randn(N)
+        optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in (often, once)] == [3, 1]
+
+
+@pytest.mark.parametrize("together", [0, 1])
+def test_steps_in_the_backward_pass_are_counted_on_the_device_one_by_one(together: int) -> None:
+    params = [parameter(), parameter()]
+    optimizer = optim.AdamW8bit(params, capturable=True)
+    for _ in range(together):
+        for p in params:
+            p.grad = torch.randn(N)
+        optimizer.step()
+        optimizer.zero_grad()
+    optim.step_in_backward(optimizer)
+    for _ in range(2):
+        sum(p.square().sum() for p in params).backward()
+    assert [float(optimizer.state[p]["step"]) for p in params] == [together + 2] * 2
+
+
 def test_a_compiled_training_step_gives_the_same_values() -> None:
     p, q = parameter(), parameter()
     q.data.copy_(p.data)

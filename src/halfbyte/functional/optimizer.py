@@ -8,9 +8,9 @@ from torch import Tensor
 from halfbyte import backends as _backends  # defines and binds the ops
 from halfbyte.errors import ArgumentError
 from halfbyte.formats import blocks
-from halfbyte.rules import FIELDS, hyper, rule_named
+from halfbyte.rules import FIELDS, Rule, hyper, rule_named
 
-__all__ = ["optimizer_update_8bit_blockwise", "optimizer_update_32bit"]
+__all__ = ["bounded", "optimizer_update_8bit_blockwise", "optimizer_update_32bit"]
 
 _ops = torch.ops.halfbyte
 del _backends
@@ -35,6 +35,25 @@ def _states(optimizer_name: str, first: Tensor, second: Tensor | None, what: str
     if count > 1:
         found += _parts(second, f"{what}2", optimizer_name)
     return found
+
+
+def bounded(length: Tensor, size: Tensor, max_unorm: float, eps: float, rule: Rule) -> Tensor:
+    """Factor that brings an update to ``max_unorm`` times the parameter's length; 1 where it is shorter.
+
+    Args:
+        length: fp32 scalar, the update's norm.
+        size: fp32 scalar, the parameter's.
+        max_unorm: The share.
+        eps: Added to the bound of rules with one state, as in bitsandbytes.
+        rule: The algorithm.
+
+    >>> from halfbyte.rules import rule_named
+    >>> bounded(torch.tensor(4.0), torch.tensor(10.0), 0.2, 0.0, rule_named("lamb"))
+    tensor(0.5000)
+    """
+    bound = max_unorm * size + (eps if len(rule.signed) == 1 else 0.0)
+    # A parameter of zeros has no length to be measured by: it moves freely, or it never would.
+    return torch.where((length > bound) & (size > 0), bound / length, torch.ones_like(length))
 
 
 def optimizer_update_32bit(
@@ -103,10 +122,8 @@ def optimizer_update_32bit(
             if unorm_vec is not None:
                 unorm_vec.copy_(squared.view(unorm_vec.shape))
             length, size = squared.sqrt()[0], p.detach().float().norm()
-            bound = max_unorm * size + (eps if len(states) == 1 else 0.0)
             numbers = numbers.to(p.device)
-            scale = torch.where((length > bound) & (size > 0), bound / length, torch.ones_like(length))
-            numbers[FIELDS.index("update_scale")] = scale
+            numbers[FIELDS.index("update_scale")] = bounded(length, size, max_unorm, eps, rule_named(optimizer_name))
         _ops.optimizer_step_32bit([p], [g], states, numbers, name, skip_zeros)
 
 

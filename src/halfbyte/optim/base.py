@@ -1,10 +1,9 @@
-"""The step loop that all optimizers share: states, settings by parameter, and one op call for all that go together."""
+"""What all optimizers share: states, settings by parameter, saving, and the step from closure to op calls."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,18 +12,18 @@ from torch import Tensor
 from halfbyte import backends as _backends  # defines and binds the ops
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats.dynamic import dynamic_map
-from halfbyte.optim import buckets, clipping, paging, serialization, sharding
+from halfbyte.optim import buckets, clipping, counting, paging, serialization, sharding
 from halfbyte.optim import state as storage
-from halfbyte.optim.hyper import hyper_tensor, least
+from halfbyte.optim.grouping import Assigned, Chosen, Place, grouped
+from halfbyte.optim.hyper import hyper_tensor, numbers_of
 from halfbyte.optim.manager import GlobalOptimManager, MockArgs
 from halfbyte.optim.naming import NamedType
 from halfbyte.optim.options import Options
-from halfbyte.optim.plans import Plan, Source
+from halfbyte.optim.plans import Plan
 from halfbyte.rules import Rule, rule_named
 
 __all__ = ["Optimizer8bit"]
 
-_ops = torch.ops.halfbyte
 del _backends
 
 _KEPT = (
@@ -54,7 +53,6 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
     args: Any
     _FSDP_WRAPPED_QUANT_STATE_KEY = storage.WRAPPER
     _plan: Plan | None = None
-    _pagers: dict[torch.device, paging.Pager]
     _warned = False
 
     def __init__(self, params: Any, defaults: dict[str, Any], optim_bits: int = 32, is_paged: bool = False) -> None:
@@ -66,7 +64,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         self.non_castable_tensor_keys = set(storage.NON_CASTABLE)
         self.options = Options()
         self.bias_correction = True
-        self._pagers = {}
+        self.pagers = paging.Pagers()
         if optim_bits == 8:
             self.fill_qmap()
 
@@ -78,7 +76,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.mng = GlobalOptimManager.get_instance()
-        self._plan, self._pagers = None, {}
+        self._plan, self.pagers = None, paging.Pagers()
 
     # Settings
 
@@ -150,29 +148,9 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         kept = tuple(getattr(args, name, None) for name in ("optim_bits", "min_8bit_size", "max_unorm", "skip_zeros"))
         return (self.mng.changes, self.options, self.optimizer_name, self.bias_correction, *kept)
 
-    def settings_at(self, source: Source, step: Any) -> dict[str, Any]:
-        """Numbers of a step, as :func:`halfbyte.rules.hyper` takes them."""
-        gindex, pindex, group = source
-        return self._settings(self.get_config(gindex, pindex, group), step)
-
-    def _settings(self, config: dict[str, Any], step: Any) -> dict[str, Any]:
-        betas = config["betas"]
-        beta1, beta2, beta3 = (*betas, 0.0)[:3] if len(betas) < 3 else betas
-        alpha, t_alpha, t_beta3 = config["alpha"], config["t_alpha"], config["t_beta3"]
-        if t_alpha:
-            alpha = least(step * alpha / t_alpha, alpha)
-        if t_beta3:
-            beta3 = slow_beta(beta1, beta3, step, t_beta3)
-        return {
-            "lr": config["lr"],
-            "beta1": beta1,
-            "beta2": beta2,
-            "beta3": beta3,
-            "alpha": alpha,
-            "eps": config["eps"],
-            "weight_decay": config["weight_decay"],
-            "step": step,
-        }
+    def settings_at(self, place: Place, step: Any) -> dict[str, Any]:
+        """Numbers of a step for the parameter at that place, as :func:`halfbyte.rules.hyper` takes them."""
+        return numbers_of(self.get_config(*place, self.param_groups[place[0]]), step)
 
     # States
 
@@ -198,19 +176,9 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
             )
         return sharding.zeros_like(p, dtype, parts)
 
-    def _pages(self, p: Tensor, state: dict[str, Any]) -> bool:
-        """Whether the states of ``p`` are in host memory, and ``p`` is not."""
-        return self.is_paged and state["state1"].device.type == "cpu" and paging.pageable(p)
-
-    def _pager(self, device: torch.device) -> paging.Pager:
-        if device not in self._pagers:
-            self._pagers[device] = paging.Pager(device)
-        return self._pagers[device]
-
     def finish_paging(self) -> None:
         """Wait until paged states in host memory are those of the last step; ``state_dict`` does so itself."""
-        for pager in self._pagers.values():
-            pager.finish()
+        self.pagers.finish()
 
     def to_gpu(self) -> None:
         """Move every state to its parameter's device, large ones of a paged optimizer to pinned host memory."""
@@ -236,19 +204,12 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         if p.numel() < config["min_8bit_size"]:
             bits = 32
         state = self.state[p]
-        state["step"] = self._first_step(p)
+        state["step"] = 0
         storage.fill(state, p, self.rule, bits, self.get_state_buffer, self.usual_map)
         if config["max_unorm"] > 0.0:
             state["unorm_vec"] = torch.zeros((1,), device=p.device)
         if self.options.percentile_clipping < 100:
             state["gnorm_vec"] = torch.zeros((clipping.HISTORY,), device=p.device)
-
-    def _first_step(self, p: Tensor) -> Any:
-        if not self.options.capturable:
-            return 0
-        if p.device not in self._counters:
-            self._counters[p.device] = torch.zeros((), dtype=torch.float32, device=p.device)
-        return self._counters[p.device]
 
     # The step
 
@@ -315,73 +276,17 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         state = self.state[p]
         if "state1" not in state:
             self.init_state(group, p, gindex, pindex)
-        if state["state1"].device != p.device and not self._pages(p, state):
+        if state["state1"].device != p.device and not paging.pages(self.is_paged, p, state):
             serialization.move(state, p.device)
         return state
 
-    def _update(
-        self, chosen: Iterable[tuple[dict[str, Any], Tensor, int, int]]
-    ) -> list[tuple[Tensor, buckets.Bucket, Source]]:
+    def _update(self, chosen: Sequence[Chosen]) -> list[Assigned]:
         """Step these parameters; returns the bucket of each."""
-        found: dict[Hashable, buckets.Bucket] = {}
-        assigned: list[tuple[Tensor, buckets.Bucket, Source]] = []
-        known: dict[Hashable, dict[str, Any]] = {}
-        counted: set[int] = set()
-        # On the device, all parameters that begin together count with one tensor.
-        self._counters: dict[torch.device, Tensor] = {}
-        for group, p, gindex, pindex in chosen:
-            state = self._ensure_state(group, p, gindex, pindex)
-            if not isinstance(state["step"], Tensor) or id(state["step"]) not in counted:
-                counted.add(id(state["step"]))
-                state["step"] += 1
-            config = self.get_config(gindex, pindex, group)
-            step = id(state["step"]) if isinstance(state["step"], Tensor) else state["step"]
-            key = (gindex, id(self.mng.pid2config.get(id(p))), step)
-            if key not in known:
-                known[key] = self._settings(config, state["step"])
-            bucket = self._assign(found, p, state, config, dict(known[key]))
-            assigned.append((p, bucket, (gindex, pindex, group)))
-        buckets.run(found.values(), self.hyper_of)
+        states = [(p, self._ensure_state(group, p, gindex, pindex)) for group, p, gindex, pindex in chosen]
+        counting.advance(states, self.state.values(), self.options.capturable)
+        assigned = grouped(self, chosen)
+        buckets.run(dict.fromkeys(bucket for _, bucket, _ in assigned), self.hyper_of)
         return assigned
-
-    def _assign(
-        self,
-        found: dict[Hashable, buckets.Bucket],
-        p: Tensor,
-        state: dict[str, Any],
-        config: dict[str, Any],
-        settings: dict[str, Any],
-    ) -> buckets.Bucket:
-        assert p.grad is not None
-        rule, eight, part = self.rule, storage.is_8bit(state), sharding.part_of(p)
-        paged = self._pages(p, state)
-        param, grad = sharding.local(p.detach()), sharding.local(p.grad.detach())
-        absmax = storage.absmax_of(state, rule) if eight else []
-        maps = storage.maps_of(state, rule) if eight else []
-        blocksize = storage.blocksize_here(p, absmax[0]) if eight else 0
-        if self.options.percentile_clipping < 100:
-            squared = sharding.total(grad.float().square().sum(), p)
-            settings["grad_scale"] = clipping.percentile_scale(
-                squared, state["gnorm_vec"], state["step"], self.options.percentile_clipping
-            )
-        if config["max_unorm"] > 0.0:
-            settings["update_scale"] = self._trust(p, state, settings, config)
-        key = (
-            param.device,
-            blocksize,
-            config["skip_zeros"],
-            id(part.group),
-            paged,
-            *map(id, maps),
-            *(id(value) if isinstance(value, Tensor) else value for value in settings.values()),
-        )
-        if key not in found:
-            bucket = buckets.Bucket(rule, settings, config["skip_zeros"], blocksize, maps, param.device, state["step"])
-            bucket.seed = self.seed_of(state["step"])
-            bucket.pager = self._pager(p.device) if paged else None
-            found[key] = bucket
-        found[key].add(part, param, grad, storage.states_of(state, rule), absmax, id(p))
-        return found[key]
 
     def seed_of(self, step: Any) -> int:
         """Seed of random rounding in that step; -1 for none."""
@@ -389,36 +294,11 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
 
     def hyper_of(self, bucket: buckets.Bucket) -> Tensor:
         """A bucket's numbers as the tensor that ops take."""
-        return self._hyper(bucket.settings, bucket.device)
+        return self.hyper_tensor_of(bucket.settings, bucket.device)
 
-    def _hyper(self, settings: dict[str, Any], device: torch.device) -> Tensor:
+    def hyper_tensor_of(self, settings: dict[str, Any], device: torch.device) -> Tensor:
+        """Numbers of a step as the tensor that ops take; ``device`` as in :func:`halfbyte.optim.hyper.hyper_tensor`."""
         return hyper_tensor(device, **settings, bias_correction=self.bias_correction)
-
-    def _trust(self, p: Tensor, state: dict[str, Any], settings: dict[str, Any], config: dict[str, Any]) -> Tensor:
-        """Factor that keeps the update's norm below ``max_unorm`` times the parameter's: LARS' and LAMB's bound."""
-        rule, max_unorm = self.rule, config["max_unorm"]
-        param = sharding.local(p.detach())
-        if self._pages(p, state):
-            self.finish_paging()
-        states = [one.to(p.device) for one in storage.states_of(state, rule)]
-        if storage.is_8bit(state):
-            scales = storage.absmax_of(state, rule)
-            blocksize = storage.blocksize_here(p, scales[0])
-            states = [
-                sharding.decode(codes, absmax, code, blocksize, p)
-                for codes, absmax, code in zip(states, scales, storage.maps_of(state, rule), strict=True)
-            ]
-        hyper = self._hyper(settings, param.device)
-        assert p.grad is not None
-        squared = _ops.optimizer_update_norm(
-            [param], [sharding.local(p.grad.detach())], states, hyper, rule.name, config["skip_zeros"]
-        )
-        total = sharding.total(torch.cat([squared, param.float().square().sum().reshape(1)]), p)
-        state["unorm_vec"].copy_(total[:1])
-        unorm, pnorm = total.sqrt().unbind()
-        bound = max_unorm * pnorm + (config["eps"] if len(rule.signed) == 1 else 0.0)
-        # A parameter of zeros has no length to be measured by: it moves freely, or it never would.
-        return torch.where((unorm > bound) & (pnorm > 0), bound / unorm, torch.ones_like(unorm))
 
     # Saving
 
@@ -441,18 +321,3 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
         self._plan = None
         super().load_state_dict(serialization.held(state_dict))
         serialization.release(self, move_to_device)
-
-
-def slow_beta(beta1: float, beta3: float, step: Any, horizon: int) -> Any:
-    """AdEMAMix's schedule of the slow mean's beta: its half-life grows linearly from that of ``beta1``.
-
-    Pagliardini et al., arXiv:2409.03137, section 3.1.
-
-    >>> round(slow_beta(0.9, 0.9999, 500, 1000), 6)
-    0.9998
-    """
-    first, last = math.log(beta1), math.log(beta3)
-    share = step / horizon
-    exponent = first * last / ((1 - share) * last + share * first)
-    found = exponent.exp() if isinstance(exponent, Tensor) else math.exp(exponent)
-    return least(found, beta3)

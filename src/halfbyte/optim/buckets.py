@@ -22,7 +22,7 @@ __all__ = ["Bucket", "run"]
 _ops = torch.ops.halfbyte
 
 
-@dataclass
+@dataclass(eq=False)
 class Bucket:
     """Same rule and settings, same kind of state, same device.
 
@@ -34,9 +34,7 @@ class Bucket:
         blocksize: Values per block of 8-bit states; 0 for fp32 ones.
         maps: Code map of each 8-bit state.
         device: Of the parameters.
-        step_number: Of the step that is taken; a tensor where steps are counted on the device.
         pager: Where the states are in host memory.
-        owners: Ids of the parameters in ``params``.
         prepared: Repeats the call with other numbers.
         edges: Blocks that are shared with other processes.
     """
@@ -47,10 +45,8 @@ class Bucket:
     blocksize: int
     maps: list[Tensor]
     device: torch.device
-    step_number: Any = 0
     pager: Pager | None = None
     seed: int = NEAREST
-    owners: set[int] = field(default_factory=set[int])
     params: list[Tensor] = field(default_factory=list[Tensor])
     grads: list[Tensor] = field(default_factory=list[Tensor])
     states: list[Tensor] = field(default_factory=list[Tensor])
@@ -63,9 +59,7 @@ class Bucket:
         """Whether another step may use this bucket, with other numbers."""
         return self.edges is None and not {"grad_scale", "update_scale"} & self.settings.keys()
 
-    def add(
-        self, part: Part, param: Tensor, grad: Tensor, states: list[Tensor], absmax: list[Tensor], owner: int = 0
-    ) -> None:
+    def add(self, part: Part, param: Tensor, grad: Tensor, states: list[Tensor], absmax: list[Tensor]) -> None:
         """Take in what this process holds of a parameter; ``absmax`` is empty for fp32 states.
 
         Args:
@@ -74,13 +68,11 @@ class Bucket:
             grad: Its gradient.
             states: Its states.
             absmax: Their scales.
-            owner: Id of the parameter, to find it again.
         """
         shared = part.shared(self.blocksize) if self.blocksize and part.group is not None else []
         if shared:
             self._add_cut(part, shared, param, grad, states, absmax)
         elif param.numel():
-            self.owners.add(owner)
             self.params.append(param)
             self.grads.append(grad)
             self.states += states
@@ -111,17 +103,22 @@ class Bucket:
 
     def step(self, hyper: Tensor) -> None:
         """Step everything but the edges."""
-        if not self.params:
-            return
-        if self.pager is not None:
-            self._step_paged(self.pager, hyper)
-        elif self.prepared is not None and registry.undisturbed(self.params[0]):
+        if self.prepared is not None:
             self.prepared(hyper, self.seed)
+        elif not self.params:
+            return
+        elif self.pager is not None:
+            self._step_paged(self.pager, hyper)
         else:
             self._call(self.params, self.grads, self.states, self.absmax, hyper, self.seed)
 
+    def ready(self, like: Tensor) -> bool:
+        """Whether :meth:`step` needs no tensors: it repeats a prepared call, and nothing listens to ops on ``like``."""
+        return self.prepared is not None and registry.undisturbed(like)
+
     def prepare(self) -> None:
         """Let the backend keep what it can of the call, for :meth:`step` to repeat it."""
+        self.prepared = None
         if self.pager is not None or not registry.undisturbed(self.params[0]):
             return
         lists, rest = (self.params, self.grads, self.states), (self.rule.name, self.skip_zeros)

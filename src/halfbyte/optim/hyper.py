@@ -1,7 +1,8 @@
-"""The numbers of a step as the tensor that ops take: from Python numbers, or on a device without asking it."""
+"""The numbers of a step: what follows from a parameter's settings, and the tensor that ops take."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,48 @@ from torch import Tensor
 
 from halfbyte.rules import hyper
 
-__all__ = ["hyper_tensor", "least"]
+__all__ = ["hyper_tensor", "numbers_of", "slow_beta"]
+
+
+def numbers_of(config: dict[str, Any], step: Any) -> dict[str, Any]:
+    """Numbers of a step, as :func:`halfbyte.rules.hyper` takes them.
+
+    Args:
+        config: A parameter's settings, as ``Optimizer8bit.get_config`` returns them.
+        step: Number of the step, from 1; a scalar tensor where steps are counted on the device.
+    """
+    betas = config["betas"]
+    beta1, beta2, beta3 = (*betas, 0.0)[:3] if len(betas) < 3 else betas
+    alpha, t_alpha, t_beta3 = config["alpha"], config["t_alpha"], config["t_beta3"]
+    if t_alpha:
+        alpha = _least(step * alpha / t_alpha, alpha)
+    if t_beta3:
+        beta3 = slow_beta(beta1, beta3, step, t_beta3)
+    return {
+        "lr": config["lr"],
+        "beta1": beta1,
+        "beta2": beta2,
+        "beta3": beta3,
+        "alpha": alpha,
+        "eps": config["eps"],
+        "weight_decay": config["weight_decay"],
+        "step": step,
+    }
+
+
+def slow_beta(beta1: float, beta3: float, step: Any, horizon: int) -> Any:
+    """AdEMAMix's schedule of the slow mean's beta: its half-life grows linearly from that of ``beta1``.
+
+    Pagliardini et al., arXiv:2409.03137, section 3.1.
+
+    >>> round(slow_beta(0.9, 0.9999, 500, 1000), 6)
+    0.9998
+    """
+    first, last = math.log(beta1), math.log(beta3)
+    share = step / horizon
+    exponent = first * last / ((1 - share) * last + share * first)
+    found = exponent.exp() if isinstance(exponent, Tensor) else math.exp(exponent)
+    return _least(found, beta3)
 
 
 def hyper_tensor(device: torch.device, **settings: Any) -> Tensor:
@@ -35,10 +77,10 @@ def _filled(value: float, device: torch.device) -> Tensor:
     return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
-def least(a: Any, b: Any) -> Any:
+def _least(a: Any, b: Any) -> Any:
     """The smaller of two numbers or scalar tensors.
 
-    >>> least(2.0, 1.0)
+    >>> _least(2.0, 1.0)
     1.0
     """
     if isinstance(a, Tensor):

@@ -9,11 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["SMALLEST", "Pager", "Piece", "loads", "pageable", "pinned_zeros"]
+__all__ = ["SMALLEST", "Pager", "Pagers", "Piece", "loads", "pageable", "pages", "pinned_zeros"]
 
 SMALLEST = 100_000
 """Values from which a state is paged, as in bitsandbytes."""
@@ -30,6 +31,11 @@ Step = Callable[[list[Tensor], list[Tensor], list[Tensor], list[Tensor]], None]
 def pageable(p: Tensor) -> bool:
     """Whether states of ``p`` can be paged: it is on a CUDA device, whole, contiguous and large enough."""
     return p.device.type == "cuda" and type(p.detach()) is Tensor and p.is_contiguous() and p.numel() >= SMALLEST
+
+
+def pages(is_paged: bool, p: Tensor, state: dict[str, Any]) -> bool:
+    """Whether an optimizer's states of ``p`` are in host memory, and ``p`` is not."""
+    return is_paged and state["state1"].device.type == "cpu" and pageable(p)
 
 
 def pinned_zeros(shape: Sequence[int], dtype: torch.dtype, owner: str) -> Tensor | None:
@@ -178,3 +184,16 @@ class Pager:
     def finish(self) -> None:
         """Wait until the states in host memory are those of the last step."""
         self._store.synchronize()
+
+
+class Pagers(dict[torch.device, Pager]):
+    """The pagers of one optimizer, each made when its device is first asked for."""
+
+    def __missing__(self, device: torch.device) -> Pager:
+        made = self[device] = Pager(device)
+        return made
+
+    def finish(self) -> None:
+        """Wait until all states in host memory are those of the last step."""
+        for pager in self.values():
+            pager.finish()
