@@ -71,6 +71,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
         assert all(isinstance(size, int) and size > 0 for size in grid)
         for parameter in kernel.params:
             value = bound[parameter.name]
+            if isinstance(value, torch.Tensor) and parameter.name not in ("x", "x_ptr"):
+                assert value.is_contiguous(), f"{kernel.__name__}: {parameter.name} has gaps"
             if parameter.is_constexpr:
                 assert not isinstance(value, torch.Tensor), f"{kernel.__name__}: {parameter.name} is a tensor"
             elif parameter.name in DTYPES:
@@ -283,3 +285,29 @@ def test_the_optimizers_launches_fit_their_kernel(eight: bool, rule: str, launch
         assert given["ROWS"] * given["BLOCKSIZE"] == optimizer.VALUES
         kinds = [1 if one else 2 for one in signed] if eight else [0] * len(signed)
         assert [given[f"KIND{place}"] for place in range(len(signed))] == kinds
+
+
+def with_gaps(tensor: Any) -> Any:
+    return torch.stack([tensor, tensor], -1)[..., 0] if isinstance(tensor, torch.Tensor) else tensor
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_tensors_with_gaps_reach_no_kernel(nested: bool, launches: Launches) -> None:
+    n, k, count = 256, 512, 4
+    one = {name: with_gaps(value) for name, value in weight((n, k), nested).items()}
+    many = {name: with_gaps(value) for name, value in weight((count, n, k), nested).items()}
+    rows = torch.zeros(8, k, dtype=torch.bfloat16)
+    for x in (rows[:1], rows, rows.float()):
+        gemm.gemm_4bit(x, bias=with_gaps(torch.zeros(n, dtype=x.dtype)), **one)
+    gemm.gemm_4bit_dgrad(torch.zeros(8, n, dtype=torch.bfloat16), **one)
+    order, ends = (with_gaps(torch.zeros(size, dtype=torch.int32)) for size in (8, count))
+    for x in (rows, rows.float()):
+        bias = with_gaps(torch.zeros(count, n, dtype=x.dtype))
+        grouped.gemm_4bit_grouped(x, order=order, ends=ends, bias=bias, **many)
+    embedding.embedding_4bit(torch.zeros(3, dtype=torch.int64), dtype=torch.float16, **one)
+    packed, shape = one.pop("B"), one.pop("shapeB")
+    dequantize.dequantize_4bit(packed, shape=shape, dtype=torch.float16, **one)
+    code = with_gaps(torch.from_numpy(dynamic_map()))
+    codes, absmax = blockwise.quantize_blockwise(with_gaps(rows), code, 256)
+    blockwise.dequantize_blockwise(with_gaps(codes), with_gaps(absmax), code, 256, torch.float16)
+    assert len({name for name, _ in launches}) >= 8  # the launches looked at every tensor

@@ -11,7 +11,7 @@ from halfbyte.backends.registry import implements
 from halfbyte.backends.triton.device import dynamic_maps_of
 from halfbyte.backends.triton.kernels.dequantize import _dequantize_blockwise_kernel
 from halfbyte.backends.triton.kernels.quantize import _cells_8bit_kernel, _quantize_blockwise_kernel
-from halfbyte.backends.triton.launch import on_device, start
+from halfbyte.backends.triton.launch import dense, on_device, start
 from halfbyte.formats import blocks
 
 __all__ = ["dequantize_blockwise", "quantize_blockwise"]
@@ -39,7 +39,7 @@ def _quantize(values: Tensor, code: Tensor, blocksize: int, codes: Tensor, absma
     blocksize = min(blocksize, numel)
     width = 1 << (blocksize - 1).bit_length()
     rows = max(1, SPAN // width)
-    code = code.contiguous()
+    code = dense(code)
     with on_device(values.device.index):
         cells = torch.empty(CELLS, dtype=torch.int64, device=values.device)
         widest = torch.empty(PROGRAMS, dtype=torch.int32, device=values.device)
@@ -106,8 +106,8 @@ def _dequantize(codes: Tensor, absmax: Tensor, code: Tensor, blocksize: int, out
             _dequantize_blockwise_kernel,
             (-(-numel // (lanes * width * tiles)),),
             codes,
-            absmax,
-            code.contiguous(),
+            dense(absmax),
+            dense(code),
             out,
             blocksize,
             numel,

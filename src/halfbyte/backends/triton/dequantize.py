@@ -11,7 +11,7 @@ from torch import Tensor
 from halfbyte.backends.registry import implements
 from halfbyte.backends.triton.device import pairs_of
 from halfbyte.backends.triton.kernels.dequantize import _dequantize_4bit_kernel
-from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, on_device, raw_stream
+from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, dense, on_device, raw_stream
 
 __all__ = ["Nested", "dequantize_4bit", "dequantize_into"]
 
@@ -77,12 +77,13 @@ def as_bytes(packed: Tensor) -> Tensor:
     return packed.contiguous().view(torch.uint8)
 
 
-def offset_fp32(nested: Nested) -> Nested:
-    """``nested`` with its offset in fp32 (checkpoints may hold another dtype)."""
+def readable(nested: Nested) -> Nested:
+    """``nested`` as kernels read it: without gaps, its offset in fp32 (checkpoints may hold another dtype)."""
     absmax_8bit, absmax_code, absmax_offset = nested
-    if absmax_offset is None or absmax_offset.dtype == torch.float32:
+    if absmax_offset is None:
         return nested
-    return absmax_8bit, absmax_code, absmax_offset.float()
+    offset = absmax_offset if absmax_offset.dtype == torch.float32 else absmax_offset.float()
+    return dense(absmax_8bit), dense(absmax_code), offset
 
 
 @implements("triton", "dequantize_4bit")
@@ -101,9 +102,9 @@ def dequantize_4bit(
     out = torch.empty(tuple(shape), dtype=dtype, device=A.device)
     numel = math.prod(shape)
     if numel:
-        nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
+        nested = readable((absmax_8bit, absmax_code, absmax_offset))
         pairs = pairs_of(quant_type, A.device.index)
-        dequantize_into(out, as_bytes(A), absmax, nested, blocksize, pairs, rows=1, cols=numel, end=numel)
+        dequantize_into(out, as_bytes(A), dense(absmax), nested, blocksize, pairs, rows=1, cols=numel, end=numel)
     return out
 
 
@@ -128,6 +129,6 @@ def dequantize_4bit_out(
             dequantize_4bit(A, absmax, blocksize, quant_type, shape, dtype, absmax_8bit, absmax_code, absmax_offset)
         )
     elif numel:
-        nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
+        nested = readable((absmax_8bit, absmax_code, absmax_offset))
         pairs = pairs_of(quant_type, A.device.index)
-        dequantize_into(out, as_bytes(A), absmax, nested, blocksize, pairs, rows=1, cols=numel, end=numel)
+        dequantize_into(out, as_bytes(A), dense(absmax), nested, blocksize, pairs, rows=1, cols=numel, end=numel)

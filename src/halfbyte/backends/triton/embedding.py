@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from halfbyte.backends.registry import implements
-from halfbyte.backends.triton.dequantize import as_bytes, offset_fp32
+from halfbyte.backends.triton.dequantize import as_bytes, readable
 from halfbyte.backends.triton.device import pairs_of
 from halfbyte.backends.triton.kernels.embedding import _embedding_4bit_kernel
-from halfbyte.backends.triton.launch import on_device, start
+from halfbyte.backends.triton.launch import dense, on_device, start
 
 __all__ = ["embedding_4bit"]
 
@@ -48,14 +48,14 @@ def embedding_4bit(
         return out
     lanes = min(LANES, max(32, 1 << (columns // 8 - 1).bit_length()))
     row_tiles = -(-columns // (8 * lanes))
-    nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
+    nested = readable((absmax_8bit, absmax_code, absmax_offset))
     with on_device(B.device.index):
         start(
             _embedding_4bit_kernel,
             (indices.numel() * row_tiles,),
             indices.contiguous(),
             as_bytes(B),
-            absmax,
+            dense(absmax),
             *nested,
             pairs_of(quant_type, B.device.index),
             out,

@@ -13,11 +13,11 @@ from torch import Tensor
 from halfbyte.backends.registry import implements
 from halfbyte.backends.triton import slices
 from halfbyte.backends.triton.decoded import DecodedPlan, decoded_kernel
-from halfbyte.backends.triton.dequantize import Nested, as_bytes, offset_fp32
+from halfbyte.backends.triton.dequantize import Nested, as_bytes, readable
 from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of, words_of
 from halfbyte.backends.triton.fused import FusedPlan, fused_kernels
 from halfbyte.backends.triton.kernels.gemm_portable import _gemm_4bit_portable_kernel
-from halfbyte.backends.triton.launch import ALIGNMENT, aligned, check_devices, on_device, start
+from halfbyte.backends.triton.launch import ALIGNMENT, aligned, check_devices, dense, on_device, start
 from halfbyte.backends.triton.tuning import (
     FUSED_BATCHES,
     backward_tile_for,
@@ -144,11 +144,8 @@ def gemm_4bit(
             rows, n, k, blocksize, quant_type, A.dtype, index, x_stride,
             nested=absmax_8bit is not None, bias=bias is not None,
         )  # fmt: skip
-    nested = (absmax_8bit, absmax_code, absmax_offset)
-    if absmax_offset is not None and absmax_offset.dtype != torch.float32:
-        nested = offset_fp32(nested)
-    packed = B if B.is_contiguous() else B.contiguous()
-    absmax = absmax if absmax.is_contiguous() else absmax.contiguous()
+    nested = readable((absmax_8bit, absmax_code, absmax_offset))
+    packed, absmax, bias = dense(B), dense(absmax), dense(bias)
     check_devices("weight", "layer", packed, absmax, *nested, bias)
     with on_device(index):
         if plan is not None and packed.data_ptr() % ALIGNMENT == 0:
@@ -235,7 +232,7 @@ def gemm_4bit_dgrad(
         return out
     if not n:
         return out.zero_()
-    nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
+    nested = readable((absmax_8bit, absmax_code, absmax_offset))
     rows = grad.reshape(-1, n)
     if rows.stride(1) != 1 or rows.stride(0) % 8 or rows.data_ptr() % ALIGNMENT:
         rows = rows.clone(memory_format=torch.contiguous_format)
@@ -248,7 +245,7 @@ def gemm_4bit_dgrad(
         plan = _backward_plans[key] = make_backward_plan(
             m, n, k, blocksize, quant_type, grad.dtype, index, nested=absmax_8bit is not None
         )
-    packed, absmax = as_bytes(B), absmax.contiguous()
+    packed, absmax = as_bytes(B), dense(absmax)
     check_devices("weight", "layer", packed, absmax, *nested)
     with on_device(index):
         if plan is not None and aligned(packed, absmax, *nested):
@@ -268,8 +265,7 @@ def _gemv(A: Tensor, B: Tensor, n: int, absmax: Tensor, code: Tensor, blocksize:
     if x.stride(1) != 1:
         x = x.contiguous()
     with on_device(A.device.index):
-        levels = code.contiguous()
-        portable(x, as_bytes(B), absmax, (None, None, None), blocksize, levels, None, out.view(-1, n))
+        portable(x, as_bytes(B), dense(absmax), (None, None, None), blocksize, dense(code), None, out.view(-1, n))
 
 
 @implements("triton", "gemv_4bit")

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from halfbyte.backends.registry import implements
 from halfbyte.backends.triton import grouped_slices
-from halfbyte.backends.triton.dequantize import Nested, as_bytes, offset_fp32
+from halfbyte.backends.triton.dequantize import Nested, as_bytes, readable
 from halfbyte.backends.triton.device import gpu_of, levels_of, rounded_pairs_of
 from halfbyte.backends.triton.grouped_tiles import SLICED_FROM, GroupedTile, tile_for
 from halfbyte.backends.triton.kernels.grouped import _gemm_4bit_grouped_portable_kernel, _group_rows_kernel
-from halfbyte.backends.triton.launch import Launcher, aligned, check_devices, on_device, raw_stream, start
+from halfbyte.backends.triton.launch import Launcher, aligned, check_devices, dense, on_device, raw_stream, start
 
 __all__ = ["GroupedPlan", "gemm_4bit_grouped", "group_rows", "tile_bound"]
 
@@ -163,7 +163,8 @@ def gemm_4bit_grouped(
     out = torch.empty((rows, n), dtype=A.dtype, device=A.device)
     if not out.numel():
         return out
-    nested = offset_fp32((absmax_8bit, absmax_code, absmax_offset))
+    nested = readable((absmax_8bit, absmax_code, absmax_offset))
+    order, ends, absmax, bias = dense(order), dense(ends), dense(absmax), dense(bias)
     check_devices("experts", "module", B, order, ends, absmax, *nested, bias)
     x = A
     if A.stride(1) != 1 or A.stride(0) % 8 or not aligned(A):

@@ -12,7 +12,7 @@ from halfbyte.backends.registry import implements
 from halfbyte.backends.triton.device import gpu_of
 from halfbyte.backends.triton.int8_plan import Plan, RowPlan, make_plan, product, quantize
 from halfbyte.backends.triton.kernels.int8 import _int8_dequantize_kernel
-from halfbyte.backends.triton.launch import on_device, start
+from halfbyte.backends.triton.launch import dense, on_device, start
 from halfbyte.backends.triton.slices import slice_rows
 from halfbyte.formats import int8
 
@@ -128,12 +128,8 @@ def int8_linear(
         plan = _plans[key] = make_plan(
             rows, n, k, x_stride, A.dtype, index, split=threshold > 0, full=full is not None, bias=bias is not None
         )
-    codes = CB if CB.is_contiguous() else CB.contiguous()
-    scales = SCB if SCB.is_contiguous() else SCB.contiguous()
-    bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
-    full = full if full is None or full.is_contiguous() else full.contiguous()
     with on_device(index):
-        plan.run(x, codes, scales, threshold, bias, full, out)
+        plan.run(x, dense(CB), dense(SCB), threshold, dense(bias), dense(full), out)
     return out
 
 

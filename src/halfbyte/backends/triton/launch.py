@@ -26,6 +26,7 @@ __all__ = [
     "Launcher",
     "aligned",
     "check_devices",
+    "dense",
     "on_device",
     "on_its_device",
     "raw_stream",
@@ -69,6 +70,11 @@ def check_devices(what: str, owner: str, *tensors: Tensor | None) -> None:
                 expected="all on the activation's GPU",
                 hint=f"move the {owner}, not its tensors: {owner}.to(device) takes the quant_state along",
             )
+
+
+def dense(tensor: Tensor | None) -> Any:
+    """The tensor as kernels read it: without gaps."""
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def raw_stream(index: int) -> int:
