@@ -9,7 +9,8 @@ import torch
 
 from halfbyte.backends.cpu import compiler, host
 from halfbyte.backends.cpu.call import Kernel
-from halfbyte.backends.cpu.kernels.emitter import Emitter, Type
+from halfbyte.backends.cpu.kernels.emitter import Emitter
+from halfbyte.backends.cpu.kernels.ssa import Type
 
 __all__ = ["read"]
 
@@ -38,7 +39,7 @@ def _text(name: str) -> str:
     wide = Type("i64", 8)
     with e.pieces() as piece:
         start = piece * a_piece
-        stop = e.select(e.compare("slt", start + a_piece, blocks), start + a_piece, blocks)
+        stop = e.least(start + a_piece, blocks)
         sums = [e.variable(wide, 0) for _ in range(4)]
         with e.loop(start, stop) as block:
             address = source + block * STEP

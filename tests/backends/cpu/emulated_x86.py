@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, I32, I64, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
+from halfbyte.backends.cpu.kernels.ssa import F32, I8, I32, I64, Type, Value
 
 TILE_BYTES, ROWS, ROW_BYTES = 1024, 16, 64
 

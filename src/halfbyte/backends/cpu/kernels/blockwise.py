@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, Emitter, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import Level
 from halfbyte.backends.cpu.kernels.quantize import UNIT, Blocks
+from halfbyte.backends.cpu.kernels.ssa import F32, I8, Value
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, store_float
 
 __all__ = ["DEQUANTIZE_ARGUMENTS", "QUANTIZE_ARGUMENTS", "emit_dequantize", "emit_quantize"]
@@ -32,7 +33,7 @@ def emit_quantize(e: Emitter, level: Level, *, dtype: str, repeats: bool) -> Non
     shift = e.splat(e.convert("trunc", shift, "i32"), level.lanes)
     with e.pieces() as piece:
         start = piece * a_piece
-        stop = e.select(e.compare("slt", start + a_piece, blocks), start + a_piece, blocks)
+        stop = e.least(start + a_piece, blocks)
         with e.loop(start, stop) as block:
             address = source + block * blocksize * ITEMSIZE[dtype]
             scale = walk.absmax(address, blocksize)
@@ -63,13 +64,13 @@ def emit_dequantize(e: Emitter, level: Level, *, dtype: str) -> None:
     size = ITEMSIZE[dtype]
     with e.pieces() as piece:
         start = piece * a_piece
-        stop = e.select(e.compare("slt", start + a_piece, blocks), start + a_piece, blocks)
+        stop = e.least(start + a_piece, blocks)
         with e.loop(start, stop) as block:
             scale = e.load(F32, absmax + (block << 2))
             wide = e.splat(scale, level.lanes)
             begin = block * blocksize
             end = begin + blocksize
-            end = e.select(e.compare("slt", end, numel), end, numel)
+            end = e.least(end, numel)
             whole = begin + ((end - begin) & -level.lanes)
             with e.loop(begin, whole, level.lanes) as element:
                 found = e.undef(wide.type)

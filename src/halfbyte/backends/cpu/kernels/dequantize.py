@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import CHUNK, TABLE_EXACT, Level
+from halfbyte.backends.cpu.kernels.ssa import F32, I8, Type, Value
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, round_to, store_float
 
 __all__ = ["ARGUMENTS", "emit"]
@@ -37,10 +38,10 @@ def emit(e: Emitter, level: Level, *, dtype: str, nested: bool, halves: bool, ex
     first, stride, length, end, segments, a_piece = (e.argument(name) for name in ARGUMENTS[-6:])
     with e.pieces() as piece:
         start = piece * a_piece
-        stop = body.least(start + a_piece, segments)
+        stop = e.least(start + a_piece, segments)
         with e.loop(start, stop) as segment:
             begin = first + segment * stride
-            body.segment(begin, body.least(begin + length, end), body.out + segment * length * ITEMSIZE[dtype])
+            body.segment(begin, e.least(begin + length, end), body.out + segment * length * ITEMSIZE[dtype])
 
 
 class _Body:
@@ -53,13 +54,10 @@ class _Body:
         else:
             self.levels = e.load(Type("float", 16), self.tables + TABLE_EXACT)
 
-    def least(self, a: Value, b: Value) -> Value:
-        return self.e.select(self.e.compare("slt", a, b), a, b)
-
     def segment(self, begin: Value, stop: Value, out: Value) -> None:
         """Any start, any end: single values up to a whole chunk, chunks, single values."""
         e, size = self.e, ITEMSIZE[self.dtype]
-        aligned = self.least((begin + (CHUNK - 1)) & -CHUNK, stop)
+        aligned = self.e.least((begin + (CHUNK - 1)) & -CHUNK, stop)
         with e.loop(begin, aligned) as element:
             self.single(element, out + (element - begin) * size)
         chunks = aligned + ((stop - aligned) & -CHUNK)

@@ -1,4 +1,4 @@
-"""Writes one kernel as LLVM IR text: typed values with operators, loops and branches; nothing about any CPU.
+"""Writes one kernel as LLVM IR text: instructions, loops and branches; nothing about any CPU.
 
 A kernel is ``void name(i64 block)``. ``block`` is the address of 64-bit words: word 0 is a shared counter, word 1 the
 number of pieces of work, the rest are the kernel's arguments. Every thread that runs the function takes pieces from the
@@ -10,129 +10,15 @@ Loops keep their variables in stack slots; LLVM turns those into registers.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-__all__ = ["F32", "I8", "I16", "I32", "I64", "Emitter", "Type", "Value", "Variable"]
+from halfbyte.backends.cpu.kernels.ssa import I8, I64, Type, Value, Variable, literal
+
+__all__ = ["Emitter"]
 
 COUNTER, PIECES, FIRST = 0, 1, 2
 """Words of the argument block: the shared counter, the number of pieces, the first argument."""
-
-
-@dataclass(frozen=True)
-class Type:
-    """An LLVM element type and its number of lanes; 0 lanes for a scalar."""
-
-    elem: str
-    lanes: int = 0
-
-    def __str__(self) -> str:
-        return f"<{self.lanes} x {self.elem}>" if self.lanes else self.elem
-
-    @property
-    def is_float(self) -> bool:
-        return self.elem in {"float", "half", "bfloat"}
-
-    @property
-    def suffix(self) -> str:
-        """How intrinsic names spell the type: ``v8f32``."""
-        short = {"float": "f32", "half": "f16", "bfloat": "bf16"}.get(self.elem, self.elem)
-        return f"v{self.lanes}{short}" if self.lanes else short
-
-    def of(self, elem: str) -> Type:
-        """As many lanes of another element type."""
-        return Type(elem, self.lanes)
-
-
-I8, I16, I32, I64, F32 = (Type(name) for name in ("i8", "i16", "i32", "i64", "float"))
-
-
-def _literal(type_: Type, value: float) -> str:
-    if type_.is_float:
-        rounded = struct.unpack("<f", struct.pack("<f", value))[0]
-        return f"0x{struct.unpack('<Q', struct.pack('<d', rounded))[0]:016X}"
-    bits = int(type_.elem[1:])
-    whole = int(value) & ((1 << bits) - 1)
-    return str(whole - (1 << bits) if bits > 1 and whole >> (bits - 1) else whole)
-
-
-class Value:
-    """An SSA value; arithmetic follows its type, Python numbers become constants of that type."""
-
-    __slots__ = ("emitter", "name", "type")
-
-    def __init__(self, emitter: Emitter, type_: Type, name: str) -> None:
-        self.emitter, self.type, self.name = emitter, type_, name
-
-    def _binary(self, whole: str, real: str, other: Value | float, swap: bool = False) -> Value:
-        e = self.emitter
-        right = e.like(self, other)
-        left, right = (right, self) if swap else (self, right)
-        return e.emit(self.type, f"{real if self.type.is_float else whole} {self.type} {left.name}, {right.name}")
-
-    def __add__(self, other: Value | float) -> Value:
-        return self._binary("add", "fadd", other)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Value | float) -> Value:
-        return self._binary("sub", "fsub", other)
-
-    def __rsub__(self, other: Value | float) -> Value:
-        return self._binary("sub", "fsub", other, swap=True)
-
-    def __mul__(self, other: Value | float) -> Value:
-        return self._binary("mul", "fmul", other)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, other: Value | float) -> Value:
-        return self._binary("udiv", "fdiv", other)
-
-    def __rtruediv__(self, other: Value | float) -> Value:
-        return self._binary("udiv", "fdiv", other, swap=True)
-
-    def __and__(self, other: Value | int) -> Value:
-        return self._binary("and", "and", other)
-
-    def __or__(self, other: Value | int) -> Value:
-        return self._binary("or", "or", other)
-
-    def __xor__(self, other: Value | int) -> Value:
-        return self._binary("xor", "xor", other)
-
-    def __lshift__(self, other: Value | int) -> Value:
-        return self._binary("shl", "shl", other)
-
-    def __rshift__(self, other: Value | int) -> Value:
-        """Shift right, filling with zeros."""
-        return self._binary("lshr", "lshr", other)
-
-    def __gt__(self, other: Value | float) -> Value:
-        """Lanes of floats that are greater; NaN is not."""
-        return self.emitter.compare("ogt", self, other)
-
-    def __lt__(self, other: Value | float) -> Value:
-        """Lanes of floats that are less; NaN is not."""
-        return self.emitter.compare("olt", self, other)
-
-
-class Variable:
-    """A mutable local."""
-
-    __slots__ = ("emitter", "slot", "type")
-
-    def __init__(self, emitter: Emitter, type_: Type, slot: str) -> None:
-        self.emitter, self.type, self.slot = emitter, type_, slot
-
-    def get(self) -> Value:
-        return self.emitter.emit(self.type, f"load {self.type}, {self.emitter.pointer(self.type)} {self.slot}")
-
-    def set(self, value: Value | float) -> None:
-        value = self.emitter.as_value(self.type, value)
-        self.emitter.line(f"store {self.type} {value.name}, {self.emitter.pointer(self.type)} {self.slot}")
 
 
 class Emitter:
@@ -185,9 +71,9 @@ class Emitter:
         """A constant; a sequence gives the lanes, one number fills them all."""
         if not type_.lanes:
             assert not isinstance(value, Sequence)
-            return Value(self, type_, _literal(type_, value))
+            return Value(self, type_, literal(type_, value))
         lanes = list(value) if isinstance(value, Sequence) else [value] * type_.lanes
-        return Value(self, type_, "<" + ", ".join(f"{type_.elem} {_literal(type_, lane)}" for lane in lanes) + ">")
+        return Value(self, type_, "<" + ", ".join(f"{type_.elem} {literal(type_, lane)}" for lane in lanes) + ">")
 
     def as_value(self, type_: Type, value: Value | float) -> Value:
         return value if isinstance(value, Value) else self.const(type_, value)
@@ -295,6 +181,10 @@ class Emitter:
         """Smaller of unsigned integers."""
         return self.call(f"llvm.umin.{a.type.suffix}", a.type, [a, b])
 
+    def least(self, a: Value, b: Value) -> Value:
+        """Smaller of signed integers."""
+        return self.select(self.compare("slt", a, b), a, b)
+
     def total(self, vector: Value) -> Value:
         """Sum of the lanes of floats, in any order."""
         scalar = Type(vector.type.elem)
@@ -333,16 +223,6 @@ class Emitter:
         name = "llvm.prefetch.p0i8" if self._typed else "llvm.prefetch.p0"
         self._declared.setdefault(name, f"declare void @{name}({self.pointer(I8)}, i32, i32, i32)")
         self.line(f"call void @{name}({self._at(address, I8)}, i32 0, i32 3, i32 1)")
-
-    def gather(self, elem: Type, base: Value, index: Value) -> Value:
-        """Entries of 4 bytes at ``base`` for i32 indices, by AVX-512's instruction: 16 lanes."""
-        type_ = index.type.of(elem.elem)
-        name = f"llvm.x86.avx512.mask.gather.{'dps' if elem.is_float else 'dpi'}.512"
-        kinds = (str(type_), self.pointer(I8), str(index.type), "<16 x i1>", "i32")
-        self._declared.setdefault(name, f"declare {type_} @{name}({', '.join(kinds)})")
-        every = f"<16 x i1> <{', '.join(['i1 true'] * 16)}>"
-        listed = f"{type_} zeroinitializer, {self._at(base, I8)}, {index.type} {index.name}, {every}, i32 4"
-        return self.emit(type_, f"call {type_} @{name}({listed})")
 
     # Control
 

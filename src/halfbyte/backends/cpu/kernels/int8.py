@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, I16, I32, I64, Emitter, Type, Value, Variable
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.levels import Level
+from halfbyte.backends.cpu.kernels.ssa import F32, I8, I16, I32, I64, Type, Value, Variable
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float, store_float
 from halfbyte.formats.int8 import CODE_MAX, STEP, STEP_SQUARED
 
@@ -168,7 +169,7 @@ class _Product:
         with e.pieces() as piece:
             start = piece * self.rows_a_piece
             stop = start + self.rows_a_piece
-            stop = e.select(e.compare("slt", stop, self.rows), stop, self.rows)
+            stop = e.least(stop, self.rows)
             # A piece's weights stay in the cache while all activations pass.
             with e.loop(0, self.tiles) as tile, e.loop(start, stop) as row:
                 totals = self.dot(self.weight + row * self.columns, self.x + tile * self.columns * (2 * self.tile))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, I32, I64, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, TABLE_COARSE, Level, Vector, spread
+from halfbyte.backends.cpu.kernels.ssa import F32, I8, I32, I64, Type, Value
 
 __all__ = ["LaneLevel"]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from halfbyte.backends.cpu.kernels.emitter import I32, Emitter, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
+from halfbyte.backends.cpu.kernels.ssa import I32, Value
 
 __all__ = [
     "CHUNK",

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, I32, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.levels import Level
 from halfbyte.backends.cpu.kernels.quantize import Blocks
+from halfbyte.backends.cpu.kernels.ssa import F32, I8, I32, Type, Value
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float, round_to, store_float
 from halfbyte.rules import FIELDS, Rule, bind, rule_named
 
@@ -121,7 +122,7 @@ def emit_32bit(
     with e.pieces() as piece:
         start = piece * args["blocks_a_piece"]
         stop = start + args["blocks_a_piece"]
-        stop = e.select(e.compare("slt", stop, args["blocks"]), stop, args["blocks"])
+        stop = e.least(stop, args["blocks"])
         with e.loop(start * blocksize, stop * blocksize, level.lanes) as element:
             at = args["param"] + element * ITEMSIZE[dtype]
             p = load_float(e, level, at, dtype, level.lanes)
@@ -163,7 +164,7 @@ class _Codes:
         e, found = self._e, self._e.undef(Type("float", self._lanes))
         if self._gathers:
             index = e.convert("zext", e.load(Type("i8", self._lanes), self._state + element), "i32")
-            return e.gather(F32, self._code, index) * self._scale
+            return e.bits(self._level.gather(e, self._code, index), found.type) * self._scale
         for lane in range(self._lanes):
             index = e.convert("zext", e.load(I8, self._state + element + lane), "i64")
             found = e.insert(found, e.load(F32, self._code + (index << 2)), lane)
@@ -188,7 +189,7 @@ class _Codes:
         rising = bits ^ (e.convert("sext", e.compare("slt", bits, 0), "i32") & 0x7FFFFFFF)
         key = e.emit(rising.type, f"ashr {rising.type} {rising.name}, {self._shift.name}")
         key = e.select(e.compare("sgt", key, self._low), key, self._low)
-        return e.select(e.compare("slt", key, self._high), key, self._high) - self._low, rising & self._mask
+        return e.least(key, self._high) - self._low, rising & self._mask
 
     def _store(self, entry: Value, rest: Value, element: Value) -> None:
         e = self._e
@@ -201,7 +202,7 @@ class _Codes:
         with e.loop(0, self._blocksize, self._lanes) as place:
             key, rest = self._key(place, factors)
             if self._gathers:
-                self._store(e.gather(I32, self._ranks, key), rest, begin + place)
+                self._store(self._level.gather(e, self._ranks, key), rest, begin + place)
             else:
                 e.store(key, self._keys + (place << 2))
                 e.store(rest, self._values + (place << 2))
@@ -232,7 +233,7 @@ def emit_8bit(
     with e.pieces() as piece:
         start = piece * args["blocks_a_piece"]
         stop = start + args["blocks_a_piece"]
-        stop = e.select(e.compare("slt", stop, args["blocks"]), stop, args["blocks"])
+        stop = e.least(stop, args["blocks"])
         with e.loop(start, stop) as block:
             begin = block * blocksize
             for state in states:

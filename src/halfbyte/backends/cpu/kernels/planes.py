@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from halfbyte.backends.cpu.kernels.emitter import I8, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import (
     CHUNK,
     CHUNK_BYTES,
@@ -15,6 +15,7 @@ from halfbyte.backends.cpu.kernels.level import (
     Vector,
     spread,
 )
+from halfbyte.backends.cpu.kernels.ssa import I8, Type, Value
 
 __all__ = ["PlaneLevel"]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I64, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, Level
+from halfbyte.backends.cpu.kernels.ssa import F32, I64, Type, Value
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
 __all__ = ["ARGUMENTS", "PREPARE_ARGUMENTS", "emit", "emit_prepare"]
@@ -80,14 +81,11 @@ class _Product:
         self.table = level.table(e, e.argument("tables"), self.kind)
         self.partial = e.buffer(F32, ROWS * tile * level.lanes)
 
-    def least(self, a: Value, b: Value) -> Value:
-        return self.e.select(self.e.compare("slt", a, b), a, b)
-
     def emit(self) -> None:
         e = self.e
         with e.pieces() as piece:
             start = piece * self.rows_a_piece
-            stop = self.least(start + self.rows_a_piece, self.rows)
+            stop = self.e.least(start + self.rows_a_piece, self.rows)
             if self.tile == 1:
                 with e.loop(start, stop) as row:
                     zeros = [e.const(self.vector, 0.0)]
@@ -95,7 +93,7 @@ class _Product:
                     self.finish(row, e.const(I64, 0), e.total(sums[0]))
                 return
             with e.loop(start, stop, ROWS) as group, e.loop(0, self.tiles) as tile:
-                self.group(group, self.least(group + ROWS, stop), tile)
+                self.group(group, self.e.least(group + ROWS, stop), tile)
 
     def group(self, start: Value, stop: Value, tile: Value) -> None:
         """Some rows times one tile of activations, panel by panel."""
@@ -106,7 +104,7 @@ class _Product:
             e.store(e.const(self.vector, 0.0), self.partial + (place << 2))
         ahead = self.chunks * (ROWS * CHUNK_BYTES)
         with e.loop(0, self.chunks, self.panel) as first:
-            last = self.least(first + self.panel, self.chunks)
+            last = self.e.least(first + self.panel, self.chunks)
             with e.loop(start, stop) as row:
                 place = self.partial + (row - start) * row_bytes
                 slots = [place + i * self.vector.lanes * 4 for i in range(self.tile)]

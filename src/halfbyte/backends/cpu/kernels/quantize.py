@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from halfbyte.backends.cpu.kernels.emitter import F32, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import Level
+from halfbyte.backends.cpu.kernels.ssa import F32, Type, Value
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float
 
 __all__ = ["ARGUMENTS", "Blocks", "emit"]
@@ -83,7 +84,7 @@ def emit(e: Emitter, level: Level, *, dtype: str, coding: str, buckets: bool) ->
     walk = Blocks(e, level, dtype)
     with e.pieces() as piece:
         start = piece * a_piece
-        stop = e.select(e.compare("slt", start + a_piece, blocks), start + a_piece, blocks)
+        stop = e.least(start + a_piece, blocks)
         with e.loop(start, stop) as block:
             address = source + block * blocksize * ITEMSIZE[dtype]
             scale = walk.absmax(address, blocksize)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I64, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, Level
+from halfbyte.backends.cpu.kernels.ssa import F32, I64, Type, Value
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
 __all__ = ["ARGUMENTS", "PREPARE_ARGUMENTS", "WIDE", "emit", "emit_prepare"]
@@ -77,12 +78,9 @@ class _Product:
         e = self.e
         with e.pieces() as piece:
             start = piece * self.rows_a_piece
-            stop = self.least(start + self.rows_a_piece, self.rows)
+            stop = self.e.least(start + self.rows_a_piece, self.rows)
             with e.loop(start, stop, self.together) as first:
-                self.some_rows([self.least(first + i, stop - 1) for i in range(self.together)])
-
-    def least(self, a: Value, b: Value) -> Value:
-        return self.e.select(self.e.compare("slt", a, b), a, b)
+                self.some_rows([self.e.least(first + i, stop - 1) for i in range(self.together)])
 
     def some_rows(self, rows: list[Value]) -> None:
         e = self.e

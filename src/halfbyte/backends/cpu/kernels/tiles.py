@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from halfbyte.backends.cpu.kernels.emitter import I64, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, TABLE_EXACT, Level
+from halfbyte.backends.cpu.kernels.ssa import I64, Type, Value
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
 __all__ = [
@@ -67,8 +68,8 @@ def emit_prepare(e: Emitter, level: Level) -> None:
     with e.pieces() as piece:
         tile = piece / per_tile
         first = (piece - tile * per_tile) * a_piece
-        last = _least(e, first + a_piece, chunks)
-        rows = [source + _least(e, tile * SIDE + row, batch - 1) * stride for row in range(SIDE)]
+        last = e.least(first + a_piece, chunks)
+        rows = [source + e.least(tile * SIDE + row, batch - 1) * stride for row in range(SIDE)]
         with e.loop(first, last) as chunk:
             found = [e.load(Type("i16", CHUNK), row + chunk * (2 * CHUNK)) for row in rows]
             to = out + (tile * chunks + chunk) * (STEPS * TILE_BYTES)
@@ -77,10 +78,6 @@ def emit_prepare(e: Emitter, level: Level) -> None:
                 lines = [e.bits(e.shuffle(values, None, elements), Type("i32", SIDE)) for values in found]
                 for pair, line in enumerate(_transposed(e, lines)):
                     e.store(line, to + (step * TILE_BYTES + 64 * pair))
-
-
-def _least(e: Emitter, a: Value, b: Value) -> Value:
-    return e.select(e.compare("slt", a, b), a, b)
 
 
 def _transposed(e: Emitter, lines: Sequence[Value]) -> list[Value]:
@@ -159,10 +156,10 @@ class _Product:
         self.level.tiles_begin(e)
         with e.pieces(after=lambda: self.level.tiles_end(e)) as piece:
             start = piece * self.rows_a_piece
-            stop = _least(e, start + self.rows_a_piece, self.rows)
+            stop = e.least(start + self.rows_a_piece, self.rows)
             if self.whole:
                 with e.loop(start, stop, SIDE * self.high) as row:
-                    self.group(row, _least(e, row + SIDE * self.high, stop))
+                    self.group(row, e.least(row + SIDE * self.high, stop))
             else:
                 self.group(start, stop)
 
@@ -176,7 +173,7 @@ class _Product:
             with e.loop(0, blocks * self.groups * (self.high * self.wide * TILE_BYTES), 64) as place:
                 e.store(e.const(Type("float", SIDE), 0.0), self.sums + place)
         with e.loop(0, self.chunks, self.panel) as first:
-            last = _least(e, first + self.panel, self.chunks)
+            last = e.least(first + self.panel, self.chunks)
             with e.loop(0, blocks * self.high) as tile:
                 self.decode(start + tile * SIDE, first, last, self.decoded + tile * self.tile_bytes)
             if self.whole:
@@ -216,7 +213,7 @@ class _Product:
         """The chunks of 16 rows from ``row`` on, as tiles of bf16; rows beyond the last repeat it."""
         e = self.e
         with e.loop(0, SIDE, self.unroll) as start:
-            numbers = [_least(e, row + start + i, self.rows - 1) * self.chunks for i in range(self.unroll)]
+            numbers = [e.least(row + start + i, self.rows - 1) * self.chunks for i in range(self.unroll)]
             with e.loop(first, last) as chunk:
                 place = to + (chunk - first) * (STEPS * TILE_BYTES) + (start << 6)
                 for i, number in enumerate(numbers):
@@ -263,7 +260,7 @@ class _Product:
         lines = [e.load(Type("float", SIDE), sums + 64 * i) for i in range(SIDE)]
         for i, line in enumerate(_transposed(e, lines)):
             e.store(line, self.turned + 64 * i)
-        last = _least(e, self.batch - member, e.const(I64, SIDE))
+        last = e.least(self.batch - member, e.const(I64, SIDE))
         size = ITEMSIZE["bf16"]
         full = e.compare("sle", row + SIDE, self.rows)
         biased = e.compare("ne", self.bias, e.const(I64, 0))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from halfbyte.backends.cpu.kernels.emitter import F32, I8, Emitter, Type, Value
+from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import Level
+from halfbyte.backends.cpu.kernels.ssa import F32, I8, Type, Value
 
 __all__ = ["ITEMSIZE", "Scales", "load_float", "round_to", "store_float"]
 
