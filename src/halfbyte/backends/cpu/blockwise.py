@@ -7,13 +7,13 @@ from torch import Tensor
 
 from halfbyte.backends.cpu import memory, tables
 from halfbyte.backends.cpu.call import DTYPES, kernel
+from halfbyte.backends.cpu.kernels.quantize import UNIT
 from halfbyte.backends.registry import implements
 from halfbyte.formats import blocks
 
 __all__ = ["dequantize_blockwise", "quantize_blockwise"]
 
 PIECE = 1 << 15
-UNIT = 32
 
 
 def _declines_quantize(

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from halfbyte.backends.cpu import memory, tables
 from halfbyte.backends.cpu.four_bit import decode
-from halfbyte.backends.cpu.scales import Scales
+from halfbyte.backends.cpu.scales import Scales, decoded
 from halfbyte.backends.registry import implements
-from halfbyte.formats import blocks
 from halfbyte.ops.embedding import check_rows
 
 __all__ = ["embedding_4bit"]
@@ -46,11 +45,10 @@ def embedding_4bit(
     packed = B.contiguous().view(-1).view(torch.uint8).view(rows, columns // 2).index_select(0, flat)
     per_row = columns // blocksize
     if absmax_8bit is None or absmax_code is None or absmax_offset is None:
-        scales = absmax.view(rows, per_row).index_select(0, flat)
+        scales = absmax.reshape(rows, per_row).index_select(0, flat)
     else:
-        block = flat.long()[:, None] * per_row + torch.arange(per_row)
-        codes = absmax_8bit.view(rows, per_row).index_select(0, flat)
-        scales = absmax_code[codes.int()] * absmax[block // blocks.NESTED_BLOCKSIZE] + absmax_offset.float()
+        numbers = flat.long()[:, None] * per_row + torch.arange(per_row)
+        scales = decoded(absmax, absmax_8bit, absmax_code, absmax_offset, numbers)
     out = memory.empty((*indices.shape, columns), dtype)
     decode(packed, Scales(scales), blocksize, tables.lookup_of(quant_type), out, end=out.numel())
     return out

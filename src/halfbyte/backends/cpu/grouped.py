@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from halfbyte.backends.cpu.matmul import gemm_4bit, gemm_4bit_dgrad
+from halfbyte.backends.cpu.scales import decoded
 from halfbyte.backends.registry import implements
 from halfbyte.formats import blocks
 
@@ -34,13 +35,11 @@ class _Stack:
         codes, table, offset = self.absmax_8bit, self.absmax_code, self.absmax_offset
         if codes is None or table is None or offset is None:
             return self.absmax[first:last], None, None, None
-        own = codes.reshape(-1)[first:last]
         size = blocks.NESTED_BLOCKSIZE
         if first % size == 0:
-            return self.absmax[first // size : -(-last // size)], own, table, offset
+            return self.absmax[first // size : -(-last // size)], codes.reshape(-1)[first:last], table, offset
         # Its second-level blocks begin in the expert before: its scales are decoded for this call.
-        second = self.absmax[torch.arange(first, last) // size]
-        return table[own.int()] * second + offset.float(), None, None, None
+        return decoded(self.absmax, codes, table, offset, torch.arange(first, last)), None, None, None
 
     def codes(self, expert: int) -> Tensor:
         """Packed bytes of one expert."""

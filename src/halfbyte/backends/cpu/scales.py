@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["Scales"]
+from halfbyte.formats import blocks
+
+__all__ = ["Scales", "decoded"]
 
 
 class Scales:
@@ -27,3 +29,9 @@ class Scales:
             return
         self.kept = (absmax.contiguous(), absmax_8bit.contiguous(), absmax_code.contiguous(), absmax_offset.float())
         self.addresses = tuple(tensor.data_ptr() for tensor in self.kept)
+
+
+def decoded(absmax: Tensor, absmax_8bit: Tensor, absmax_code: Tensor, absmax_offset: Tensor, numbers: Tensor) -> Tensor:
+    """fp32 absmax of the blocks with those int64 ``numbers``, of their shape, from double-quantized ones."""
+    codes, second = absmax_8bit.reshape(-1)[numbers], absmax.reshape(-1)[numbers // blocks.NESTED_BLOCKSIZE]
+    return absmax_code[codes.int()] * second + absmax_offset.float()

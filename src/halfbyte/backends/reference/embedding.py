@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from halfbyte.backends.reference import coding
-from halfbyte.backends.reference.four_bit import BITS
+from halfbyte.backends.reference.four_bit import BITS, decode_absmax
 from halfbyte.backends.registry import implements
-from halfbyte.formats import blocks
 from halfbyte.ops.embedding import check_rows
 
 __all__ = ["embedding_4bit"]
@@ -44,13 +43,8 @@ def embedding_4bit(
     # The even element of a byte is in its high nibble.
     codes = (stream[place >> 1].int() >> (BITS * (1 - (place & 1)))) & 15
     block = place // blocksize
-    if absmax_8bit is None or absmax_code is None or absmax_offset is None:
-        scales = absmax[block]
-    else:
-        # Only the scales of these rows are decoded.
-        used, where = torch.unique(block, return_inverse=True)
-        second = absmax[used // blocks.NESTED_BLOCKSIZE]
-        scales = (absmax_code[absmax_8bit.view(-1)[used].int()] * second + absmax_offset.float())[where]
+    used, where = torch.unique(block, return_inverse=True)
+    scales = decode_absmax(absmax, absmax_8bit, absmax_code, absmax_offset, used)[where]
     values = coding.table_of(quant_type, B.device)[codes] * scales
     values = torch.where(outside[:, None], torch.nan, values)
     return values.to(dtype).view(*indices.shape, columns)

@@ -40,13 +40,21 @@ def quantize_4bit(A: Tensor, blocksize: int, quant_type: str, quant_storage: tor
 
 
 def decode_absmax(
-    absmax: Tensor, absmax_8bit: Tensor | None, absmax_code: Tensor | None, absmax_offset: Tensor | None
+    absmax: Tensor,
+    absmax_8bit: Tensor | None,
+    absmax_code: Tensor | None,
+    absmax_offset: Tensor | None,
+    only: Tensor | None = None,
 ) -> Tensor:
-    """fp32 absmax of every block: ``absmax`` itself, or the double-quantized one decoded."""
+    """fp32 absmax of every block, or of those numbered ``only``: ``absmax`` itself, or the double-quantized decoded."""
     if absmax_8bit is None or absmax_code is None or absmax_offset is None:
-        return absmax
-    scales = coding.spread(absmax, blocks.NESTED_BLOCKSIZE, absmax_8bit.numel())
-    return absmax_code[absmax_8bit.view(-1).int()] * scales + absmax_offset.float()
+        return absmax if only is None else absmax[only]
+    codes = absmax_8bit.view(-1)
+    if only is None:
+        scales = coding.spread(absmax, blocks.NESTED_BLOCKSIZE, codes.numel())
+    else:
+        codes, scales = codes[only], absmax[only // blocks.NESTED_BLOCKSIZE]
+    return absmax_code[codes.int()] * scales + absmax_offset.float()
 
 
 def _decode(packed: Tensor, absmax: Tensor, blocksize: int, table: Tensor, out: Tensor) -> Tensor:
