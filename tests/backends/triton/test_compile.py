@@ -137,7 +137,7 @@ def decoded(tile: Tile, dtype: str = "bf16", **changes: Any) -> Any:
     maxnreg, decoding = registers(tile)
     constants = {
         "BN": tile.rows, "BM": tile.batch, "BLOCK": 64, "ACROSS": False, "SPLIT": 1, "NESTED": False, "BIAS": False,
-        "NW": tile.n_warps, "PW": 4, "REGISTERS": decoding, "AHEAD": tile.unroll, "STAGED_STORE": True,
+        "NW": tile.n_warps, "PW": 4, "REGISTERS": decoding, "AHEAD": tile.unroll,
         "RELAY": tile.relay, "STAGES": tile.stages, **changes,
     }  # fmt: skip
     numbers = ("M", "N", "K", "row_words", "row_blocks", "steps", "per_slice")

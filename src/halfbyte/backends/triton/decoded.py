@@ -89,7 +89,7 @@ class DecodedPlan:
         maxnreg, decoding = registers(tile)
         constants = (
             tile.rows, tile.batch, blocksize, across, self.split, nested, bias and self.split == 1, tile.n_warps,
-            PRODUCERS, decoding, tile.unroll, True, tile.relay, tile.stages,
+            PRODUCERS, decoding, tile.unroll, tile.relay, tile.stages,
         )  # fmt: skip
         options = {} if maxnreg is None else {"maxnreg": maxnreg}
         self._launcher = Launcher(kernel, constants, num_warps=tile.n_warps, enable_fp_fusion=False, **options)

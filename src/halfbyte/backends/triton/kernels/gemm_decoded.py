@@ -225,7 +225,7 @@ def _relay(written, full, steps, STAGES: gl.constexpr):
 def _consume(
     w_ring, x_ring, full, empty, result,
     BN: gl.constexpr, BM: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr, BIAS: gl.constexpr,
-    STAGES: gl.constexpr, NW: gl.constexpr, STAGED_STORE: gl.constexpr, RELAY: gl.constexpr,
+    STAGES: gl.constexpr, NW: gl.constexpr, RELAY: gl.constexpr,
 ):  # fmt: skip
     """Multiply what the rings bring; write the tile."""
     bias_ptr, out_ptr, M, width, first, batch, split, steps = result
@@ -263,20 +263,16 @@ def _consume(
     else:
         if BIAS:
             acc += gl.load(bias_ptr + n, mask=n < width, other=0.0).to(gl.float32)[:, None]
-        if STAGED_STORE:
-            # Through the ring, which is free by now, so that lanes write 16 bytes and warps whole lines.
-            _barrier()
-            tile = _view(x_ring, DT, BM, BN, w_shared)
-            tile.permute((1, 0)).store(acc.to(DT))
-            _barrier()
-            o_l: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [NW, 1], [1, 0])
-            om = batch + gl.arange(0, BM, gl.SliceLayout(1, o_l))
-            on = first + gl.arange(0, BN, gl.SliceLayout(0, o_l))
-            keep = (om < M)[:, None] & (on < width)[None, :]
-            gl.store(out_ptr + om[:, None].to(gl.int64) * width + on[None, :], tile.load(o_l), mask=keep)
-        else:
-            keep = (n < width)[:, None] & (m < M)[None, :]
-            gl.store(out_ptr + m[None, :].to(gl.int64) * width + n[:, None], acc.to(DT), mask=keep)
+        # Through the ring, which is free by now, so that lanes write 16 bytes and warps whole lines.
+        _barrier()
+        tile = _view(x_ring, DT, BM, BN, w_shared)
+        tile.permute((1, 0)).store(acc.to(DT))
+        _barrier()
+        o_l: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [NW, 1], [1, 0])
+        om = batch + gl.arange(0, BM, gl.SliceLayout(1, o_l))
+        on = first + gl.arange(0, BN, gl.SliceLayout(0, o_l))
+        keep = (om < M)[:, None] & (on < width)[None, :]
+        gl.store(out_ptr + om[:, None].to(gl.int64) * width + on[None, :], tile.load(o_l), mask=keep)
 
 
 @gluon.jit(do_not_specialize=["M"])
@@ -286,7 +282,7 @@ def _gemm_4bit_decoded_kernel(
     M, N, K, row_words, row_blocks, steps, per_slice,
     BN: gl.constexpr, BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr,
     NESTED: gl.constexpr, BIAS: gl.constexpr, NW: gl.constexpr, PW: gl.constexpr, REGISTERS: gl.constexpr,
-    AHEAD: gl.constexpr, STAGED_STORE: gl.constexpr, RELAY: gl.constexpr, STAGES: gl.constexpr,
+    AHEAD: gl.constexpr, RELAY: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]``, ACROSS: ``out[m, k] = sum_n x[m, n] * weight[n, k]``.
 
@@ -328,10 +324,7 @@ def _gemm_4bit_decoded_kernel(
             [
                 (
                     _consume,
-                    (
-                        w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, STAGED_STORE,
-                        RELAY,
-                    ),
+                    (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, RELAY),
                 ),
                 (
                     _produce,
@@ -350,10 +343,7 @@ def _gemm_4bit_decoded_kernel(
             [
                 (
                     _consume,
-                    (
-                        w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, STAGED_STORE,
-                        RELAY,
-                    ),
+                    (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, RELAY),
                 ),
                 (
                     _produce,
