@@ -46,7 +46,7 @@ def steps(planned: bool, change: Change, in_place: bool = False) -> list[torch.T
             if in_place and p.grad is not None:
                 p.grad.copy_(gradient)
             else:
-                p.grad = gradient
+                p.grad = torch.cat([gradient, gradient])[: p.numel()]
         if number == 3:
             change(optimizer, params)
         optimizer.step()
@@ -124,10 +124,8 @@ def setting(optimizer: Optimizer8bit, params: list[torch.nn.Parameter]) -> None:
 
 
 def gradient_with_gaps(optimizer: Optimizer8bit, params: list[torch.nn.Parameter]) -> None:
-    gradient = params[0].grad
-    values = gradient.clone()
-    gradient.resize_(2 * values.numel())
-    params[0].grad = gradient[::2].copy_(values)
+    values = params[0].grad.clone()
+    params[0].grad = params[0].grad.as_strided((5000,), (2,)).copy_(values)  # begins at the same address
 
 
 CHANGES = [
