@@ -105,6 +105,18 @@ def test_the_optimizer_has_a_child_of_its_own_because_its_import_is_slow():
     assert [name for name in found.devices[0].steps if name not in others] == ["optimizer_8bit"]
 
 
+def test_what_breaks_the_step_apart_leaves_the_others_reports_and_the_backends_alone():
+    found = proofs(host_where(lambda _, step, __: None if step == "optimizer_8bit" else good()), TorchImport(ok=True))
+    assert states(found, "cpu") == {**dict.fromkeys(states(found, "cpu"), "done"), "optimizer_8bit": "crash"}
+    assert found.devices[0].backends
+
+    def behave(_: str, step: str, request: Request) -> dict[str, Any] | None:
+        return None if step == "allocate" and "nf4" not in request.arguments["steps"] else good()
+
+    found = proofs(host_where(behave), TorchImport(ok=True))
+    assert states(found, "cpu") == {**dict.fromkeys(states(found, "cpu"), "done"), "optimizer_8bit": "blocked"}
+
+
 @pytest.mark.parametrize(("cores", "on_cpu"), [(1, "2"), (8, "2"), (16, "4")])
 def test_children_share_the_cores_unless_the_user_has_chosen(cores: int, on_cpu: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("os.cpu_count", lambda: cores)
