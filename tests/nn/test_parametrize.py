@@ -59,6 +59,16 @@ def test_the_state_dict_has_the_names_of_a_4bit_weight_and_loads_again() -> None
     assert torch.equal(other.stack, before)
 
 
+def test_another_modules_error_leaves_no_codes_without_their_state() -> None:
+    both, other = (torch.nn.ModuleList([torch.nn.Linear(4, 4), Bag(seed)]) for seed in (0, 1))
+    for each in (both, other):
+        parametrize.replace_parameter_4bit(each[1], "stack")
+    state = {**both.state_dict(), "0.weight": torch.zeros(5, 5)}
+    with pytest.raises(RuntimeError, match=r"0\.weight"):
+        other.load_state_dict(state)
+    assert torch.equal(other[1].stack, both[1].stack)
+
+
 def test_packed_codes_become_readable_with_their_serialized_state() -> None:
     bag = Bag()
     packed, state = quantize_4bit(bag.stack.detach(), quant_type="nf4")

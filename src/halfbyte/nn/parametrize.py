@@ -167,6 +167,7 @@ def _load_hook(
     parameter: Any = module.get_parameter(f"parametrizations.{param_name}.original")
     packed = state_dict[key]
     errors: list[str] = rest[-1]
+    taken: Any = parameter.data
     try:
         state = QuantState.from_dict(stats, parameter.device)
     except ValueError as error:
@@ -176,6 +177,7 @@ def _load_hook(
             errors.append(f"{key}: a 4-bit weight of shape {state.shape}, expected {ours.quant_state.shape}")
         else:
             ours.quant_state = parameter.quant_state = state
+            taken = packed
     for name in (*stats, key):
         del state_dict[name]
-    state_dict[f"{prefix}parametrizations.{param_name}.original"] = packed if not errors else parameter.data
+    state_dict[f"{prefix}parametrizations.{param_name}.original"] = taken
