@@ -320,6 +320,19 @@ def test_a_prompt_adapter_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
         merge(tiny_dir, tmp_path / "adapter", tmp_path / "out")
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "OLoRA", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.filterwarnings("ignore:.*init_lora_weights.*")
+def test_an_adapter_whose_initialisation_changed_the_base_is_refused(
+    start: str, tiny_dir: Path, tmp_path: Path
+) -> None:
+    adapter = adapter_dir(tiny_dir, tmp_path / "adapter", CONFIGS["LoRA"]())
+    file = adapter / "adapter_config.json"
+    extra = {"loftq_config": {"loftq_bits": 4}} if start == "loftq" else {}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": start, **extra}))
+    with pytest.raises(UnsupportedError, match=f"initialised by {start}"):
+        merge(tiny_dir, adapter, tmp_path / "out")
+
+
 def test_a_base_of_another_quantization_is_refused(tiny_dir: Path, tmp_path: Path) -> None:
     adapter = adapter_dir(tiny_dir, tmp_path / "adapter", CONFIGS["LoRA"]())
     base = shutil.copytree(tiny_dir, tmp_path / "base")

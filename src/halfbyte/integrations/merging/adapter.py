@@ -22,7 +22,7 @@ from halfbyte.errors import CheckpointError, UnsupportedError
 __all__ = ["Adapter", "Skeleton"]
 
 _PREFIX = "base_model.model."
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations of LoRA that take their factors off the base weight."""
 
 
@@ -220,7 +220,7 @@ def _config(folder: Path) -> Any:
             hint="only adapters of the LoRA family and their like can be merged",
         )
     start = str(getattr(config, "init_lora_weights", ""))
-    if start.startswith(_CHANGES_BASE):
+    if start.lower().startswith(_CHANGES_BASE):  # peft takes some in any case of letters
         raise UnsupportedError(
             f"{folder} was initialised by {start}, which changed the base weights as well",
             expected="an adapter of the weights as they are stored",
