@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-__all__ = ["LOST_BELOW", "LayerSurvival", "Survival", "measure"]
+__all__ = ["LOST_BELOW", "PART", "LayerSurvival", "Survival", "measure"]
 
 LOST_BELOW = 0.5
 """Kept share of a change below which its layer counts as lost."""
 
-_PART = 2**20
+PART = 2**20
 """Values that are compared at a time, in float64."""
 
 
@@ -102,7 +102,7 @@ def measure(name: str, before: Tensor, after: Tensor, change: Tensor, weight: Te
     0.5
     """
     both = square = length = scale = 0.0
-    parts = [tensor.reshape(-1).split(_PART) for tensor in (before, after, change, weight)]
+    parts = [tensor.reshape(-1).split(PART) for tensor in (before, after, change, weight)]
     for old, new, wanted, exact in zip(*parts, strict=True):
         stored, wanted = new.double() - old.double(), wanted.double()
         both += float(stored @ wanted)
