@@ -45,13 +45,10 @@ def convert_experts(model: torch.nn.Module, config: Any, skipped: list[str] | No
     """
     found: list[str] = []
     for name, module in model.named_modules():
-        reason = why_not_experts(module)
-        if reason == "":
+        if why_not_experts(module) is not None:
             continue
         own = [f"{name}.{p}" for p, value in module.named_parameters(recurse=False) if value.dim() == 3]
         if not all(should_convert_module(each, skipped) for each in (name, *own)):
-            continue
-        if reason is not None:
             continue
         if not _env.get("HALFBYTE_QUANTIZE_EXPERTS"):
             leave_alone(module, "experts, which HALFBYTE_QUANTIZE_EXPERTS=0 leaves alone")
