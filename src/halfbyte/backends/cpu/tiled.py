@@ -25,8 +25,8 @@ HIGH, WIDE = 2, 1
 """Tiles of rows and of activations multiplied at a time. Two by two would load less a product, and was slower on
 Sapphire Rapids: there a load from the first-level cache takes the unit as long as a product."""
 
-UNROLL, MIXED = 2, False
-"""Rows decoded side by side, and whether tiles are loaded only when needed."""
+UNROLL = 2
+"""Rows decoded side by side."""
 
 PANEL, PANEL_MANY = 2, 8
 """Chunks of a row decoded at a time for one group of activations (a cache line of each row), and for several, whose
@@ -76,7 +76,7 @@ def _kernels(level: Level, nested: bool, halves: bool, wide: int, whole: bool) -
 
 def variants(nested: bool, halves: bool, wide: int, whole: bool) -> list[Variant]:
     """The two kernels for ``wide`` tiles of activations at a time; ``whole`` if there are no more."""
-    shape = {"high": HIGH, "wide": wide, "whole": whole, "unroll": UNROLL, "mixed": MIXED}
+    shape = {"high": HIGH, "wide": wide, "whole": whole, "unroll": UNROLL}
     return [("prepare_tiles", {}), ("product_tiles", {"nested": nested, "halves": halves, **shape})]
 
 

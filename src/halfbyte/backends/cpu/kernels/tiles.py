@@ -105,7 +105,6 @@ def emit(
     wide: int,
     whole: bool,
     unroll: int,
-    mixed: bool,
 ) -> None:
     """Write the kernel for bf16 activations.
 
@@ -116,9 +115,8 @@ def emit(
         wide: Tiles of activations multiplied at a time.
         whole: There is one group of activations: sums stay in tiles from the first panel to the last.
         unroll: Rows decoded side by side.
-        mixed: Each tile is loaded before the product that needs it first; else all before the first product.
     """
-    _Product(e, level, nested, halves, high, wide, whole, unroll, mixed).emit()
+    _Product(e, level, nested, halves, high, wide, whole, unroll).emit()
 
 
 class _Product:
@@ -132,10 +130,9 @@ class _Product:
         wide: int,
         whole: bool,
         unroll: int,
-        mixed: bool,
     ) -> None:
         self.e, self.level, self.halves, self.high, self.wide, self.whole = e, level, halves, high, wide, whole
-        self.unroll, self.mixed = unroll, mixed
+        self.unroll = unroll
         self.packed, self.x, self.out, self.bias = (e.argument(n) for n in ("packed", "x", "out", "bias"))
         self.block_shift, self.rows, self.chunks = (e.argument(n) for n in ("block_shift", "rows", "chunks"))
         self.batch, self.groups, self.panel = (e.argument(n) for n in ("batch", "groups", "panel"))
@@ -243,15 +240,10 @@ class _Product:
             at = weights + (step - first * STEPS) * TILE_BYTES
             loads = [(left + i, at + self.tile_bytes * i) for i in range(self.high)]
             loads += [(right + j, x + step * TILE_BYTES + stride * j) for j in range(self.wide)]
-            if not self.mixed:
-                for tile, address in loads:
-                    level.tile_load(e, tile, address)
+            for tile, address in loads:
+                level.tile_load(e, tile, address)
             for i in range(self.high):
                 for j in range(self.wide):
-                    if self.mixed and not j:
-                        level.tile_load(e, *loads[i])
-                    if self.mixed and not i:
-                        level.tile_load(e, *loads[self.high + j])
                     level.tile_dot(e, i * self.wide + j, left + i, right + j)
 
     def finish(self, sums: Value, row: Value, member: Value) -> None:
