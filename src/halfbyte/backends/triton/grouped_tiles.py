@@ -6,10 +6,10 @@ import functools
 import json
 import math
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from halfbyte.backends.triton.device import Gpu
+from halfbyte.backends.triton.tuning import shipped
 
 __all__ = ["SLICED_FROM", "GroupedTile", "read", "rule", "tile_for"]
 
@@ -51,10 +51,10 @@ class Entry:
 @functools.lru_cache(maxsize=16)
 def read(arch: str) -> tuple[Entry, ...]:
     """The measured choices of an architecture; none where none was measured."""
-    file = resources.files("halfbyte.backends.triton") / "tuning" / f"experts_{arch}.json"
-    if not file.is_file():
+    text = shipped(f"experts_{arch}")
+    if text is None:
         return ()
-    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    document: dict[str, Any] = json.loads(text)
     return tuple(
         Entry(float(item["rows_each"]), int(item["k"]), GroupedTile(**item["tile"])) for item in document["tiles"]
     )

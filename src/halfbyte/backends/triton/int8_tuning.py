@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from halfbyte.backends.triton.device import Gpu
+from halfbyte.backends.triton.tuning import distance, shipped
 from halfbyte.errors import ArgumentError
 
 __all__ = ["LARGEST_ROW", "Tile", "closed_form", "read", "tile_for"]
@@ -69,17 +68,13 @@ class Entry:
 @functools.lru_cache(maxsize=16)
 def read(arch: str) -> tuple[Entry, ...]:
     """The measured entries of an architecture; none where nothing was measured."""
-    file = resources.files("halfbyte.backends.triton") / "tuning" / f"int8_{arch}.json"
-    if not file.is_file():
+    text = shipped(f"int8_{arch}")
+    if text is None:
         return ()
-    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    document: dict[str, Any] = json.loads(text)
     return tuple(
         Entry(int(item["batch"]), int(item["n"]), int(item["k"]), Tile(**item["tile"])) for item in document["tiles"]
     )
-
-
-def _distance(n: int, k: int, entry: Entry) -> float:
-    return abs(math.log2(n / entry.n)) + abs(math.log2(k / entry.k))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -90,8 +85,8 @@ def tile_for(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
     bucket = next((size for size in sizes if size >= batch), sizes[-1] if sizes else 0)
     near = [entry for entry in entries if entry.batch == bucket]
     if near:
-        best = min(near, key=lambda entry: _distance(n, k, entry))
-        if _distance(n, k, best) <= 1.0 and (best.tile.kind == "pointer" or k % 16 == 0):
+        best = min(near, key=lambda entry: distance(n, k, entry.n, entry.k))
+        if distance(n, k, best.n, best.k) <= 1.0 and (best.tile.kind == "pointer" or k % 16 == 0):
             return best.tile
     return closed_form(gpu, batch, n, k)
 

@@ -13,7 +13,18 @@ from halfbyte import _env
 from halfbyte.backends.triton.device import Gpu
 from halfbyte.errors import ArgumentError
 
-__all__ = ["FUSED_BATCHES", "STEP", "Tile", "backward_tile_for", "closed_form", "fused_up_to", "read", "tile_for"]
+__all__ = [
+    "FUSED_BATCHES",
+    "STEP",
+    "Tile",
+    "backward_tile_for",
+    "closed_form",
+    "distance",
+    "fused_up_to",
+    "read",
+    "shipped",
+    "tile_for",
+]
 
 FUSED_BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Batch buckets: rows of activations that tiles of the fused kernels are measured for."""
@@ -133,6 +144,12 @@ def _parse(text: str) -> Table:
     )
 
 
+def shipped(name: str) -> str | None:
+    """The text of a tuning file of ours, ``tuning/NAME.json``; None where there is none."""
+    file = resources.files("halfbyte.backends.triton") / "tuning" / f"{name}.json"
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
 @functools.lru_cache(maxsize=16)
 def read(arch: str) -> Table | None:
     """The tuning table of an architecture: the user's own (``halfbyte bench tune``), else ours, else None.
@@ -142,8 +159,8 @@ def read(arch: str) -> Table | None:
     Raises:
         ArgumentError: The user's own cannot be read.
     """
-    file = resources.files("halfbyte.backends.triton") / "tuning" / f"{arch}.json"
-    ours = _parse(file.read_text(encoding="utf-8")) if file.is_file() else None
+    text = shipped(arch)
+    ours = None if text is None else _parse(text)
     path = _env.cache_dir() / "tuning" / f"{arch}.json"
     if not path.is_file():
         return ours
@@ -160,7 +177,12 @@ def read(arch: str) -> Table | None:
     return replace(own, backward=ours.backward, fused_backward=ours.fused_backward)
 
 
-def _distance(n: int, k: int, other_n: int, other_k: int) -> float:
+def distance(n: int, k: int, other_n: int, other_k: int) -> float:
+    """How far a shape is from another, in factors of two.
+
+    >>> distance(4096, 4096, 14336, 2048) > distance(4096, 4096, 8192, 4096)
+    True
+    """
     return abs(math.log2(n / other_n)) + abs(math.log2(k / other_k))
 
 
@@ -189,12 +211,12 @@ def _nearest(entries: tuple[Entry, ...], batch: int, n: int, k: int, within: flo
     near = [entry for entry in entries if entry.batch == batch]
     if not near:
         return None
-    best = min(near, key=lambda entry: _distance(n, k, entry.n, entry.k))
-    return best.tile if _distance(n, k, best.n, best.k) <= within else None
+    best = min(near, key=lambda entry: distance(n, k, entry.n, entry.k))
+    return best.tile if distance(n, k, best.n, best.k) <= within else None
 
 
 def _limit(limits: tuple[tuple[int, int, int], ...], n: int, k: int) -> int:
-    return min(limits, key=lambda item: _distance(n, k, item[0], item[1]))[2]
+    return min(limits, key=lambda item: distance(n, k, item[0], item[1]))[2]
 
 
 def closed_form(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
