@@ -22,18 +22,18 @@ def _hyper(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _parts(tensor: Tensor | None, name: str, optimizer_name: str) -> list[Tensor]:
-    """``state1`` of a rule with three states is two stacked ones."""
+def _required(tensor: Tensor | None, name: str, optimizer_name: str) -> Tensor:
     if tensor is None:
         raise ArgumentError(f"{optimizer_name} without {name}", expected="a tensor")
-    return [tensor]
+    return tensor
 
 
 def _states(optimizer_name: str, first: Tensor, second: Tensor | None, what: str) -> list[Tensor]:
+    """``state1`` of a rule with three states is two stacked ones."""
     count = len(rule_named(optimizer_name).signed)
     found = [first[0], first[1]] if count == 3 else [first]
     if count > 1:
-        found += _parts(second, f"{what}2", optimizer_name)
+        found.append(_required(second, f"{what}2", optimizer_name))
     return found
 
 
@@ -178,7 +178,7 @@ def optimizer_update_8bit_blockwise(
     absmax = _states(optimizer_name, absmax1, absmax2, "absmax")
     maps = [qmap1] * (len(states) - 1 if len(states) > 1 else 1)
     if len(states) > 1:
-        maps += _parts(qmap2, "qmap2", optimizer_name)
+        maps.append(_required(qmap2, "qmap2", optimizer_name))
     fitting = [size for size in _BLOCKSIZES if blocks.block_count(p.numel(), size) == absmax[0].numel()]
     if not fitting:
         raise ArgumentError(
