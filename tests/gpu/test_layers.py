@@ -113,7 +113,7 @@ def test_dequantizing_again_gives_the_same_values(nested: bool) -> None:
     state = layer.weight.quant_state
     first = dequantize_4bit(layer.weight.data, state)
     absmax, *scales = kernel_scales(state)
-    want = reference.dequantize_4bit(layer.weight.data, absmax, 64, "nf4", [160, 256], torch.bfloat16, *scales)
+    want = reference.dequantize_4bit(layer.weight.data, absmax, 64, "nf4", [160, 256], state.dtype, *scales)
     for _ in range(2):
         again = dequantize_4bit(layer.weight.data, state)
         torch.testing.assert_close(again, first, rtol=0, atol=0)

@@ -22,13 +22,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import halfbyte
 from halfbyte.nn import Linear4bit
 from halfbyte.optim import AdamW
+from tests.support.sharding import FULLY_SHARDED
 
 __all__ = ["KINDS", "STEPS", "adapter", "batch", "qlora", "step"]
 
 STEPS = 4
 KINDS = {
-    "fully_shard": "uint8",
-    "fully_shard in bfloat16": "uint8",
+    "fully_shard": FULLY_SHARDED,
+    "fully_shard in bfloat16": FULLY_SHARDED,
     "fully_shard, float32 storage": "float32",
     "FSDP": "uint8",
     "FSDP, float32 storage": "float32",

@@ -53,7 +53,7 @@ CLASSES = (
         "and about one element in a thousand changes.",
         (
             Remedy(
-                "keep packed codes as bytes",
+                "keep packed codes as bytes (FSDP2 shards them from torch 2.13 on)",
                 "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=torch.uint8)",
             ),
         ),
