@@ -7,7 +7,7 @@
     python benchmarks/optim_pretraining.py --plot                            draw docs/images/optim-pretraining.png
 
 A whole training step, optimizer included, is one CUDA graph. "8" keeps every state in 8 bits, embeddings too;
-"8, embeddings 32" is what transformers' Trainer does; ``--peer`` adds "8, bitsandbytes", step by step.
+"8, embeddings 32" is what transformers' Trainer does; ``--forms "8, bitsandbytes"`` is theirs, step by step.
 Writes ``optim-pretraining.csv``: losses every ten steps (means of ten), and the loss on text that was not trained on
 as step 0.
 """
@@ -156,7 +156,7 @@ def train(name: str, form: str, tokens: Tensor, seed: int) -> tuple[list[float],
     return losses.tolist(), kept
 
 
-def run(file: Path, out: Path, names: list[str], seeds: list[int], seconds: float, forms: tuple[str, ...]) -> None:
+def run(file: Path, out: Path, names: list[str], seeds: list[int], seconds: float, forms: list[str]) -> None:
     """Every optimizer in every form, seed by seed, as long as time is left."""
     begin, tokens = time.perf_counter(), torch.from_numpy(np.load(file).astype(np.int32))
     rows: list[dict[str, object]] = []
@@ -251,15 +251,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--seconds", type=float, default=600.0, help="start no further training after this")
     parser.add_argument("--names", nargs="+", default=list(RATES))
-    parser.add_argument("--peer", action="store_true", help="bitsandbytes too")
-    parser.add_argument("--only-peer", action="store_true", help="bitsandbytes alone")
+    parser.add_argument("--forms", nargs="+", default=list(FORMS[:3]), choices=FORMS)
     parser.add_argument("--plot", action="store_true")
     given = parser.parse_args()
     if given.prepare:
         prepare(given.prepare)
     if given.tokens:
-        forms = FORMS if given.peer else FORMS[3:] if given.only_peer else FORMS[:3]
-        run(given.tokens, given.out, given.names, given.seeds, given.seconds, forms)
+        given.out.mkdir(parents=True, exist_ok=True)
+        run(given.tokens, given.out, given.names, given.seeds, given.seconds, given.forms)
     if given.plot:
         plot(given.out)
 

@@ -15,7 +15,7 @@ from halfbyte import optim
 from halfbyte.backends.triton.optimizer import VALUES
 from halfbyte.optim import paging
 from halfbyte.rules import hyper, rule_named, rule_names
-from tests.reference.optimizers import OPTIMIZERS, Settings, Textbook
+from tests.reference.optimizers import OPTIMIZERS, Settings, Textbook, excess
 from tests.support.tolerances import TOLERANCES, close, rounding
 
 pytestmark = pytest.mark.gpu
@@ -112,17 +112,16 @@ class Run:
                 close("state", self.states[number].cpu(), torch.from_numpy(state), fp32, torch.from_numpy(bound))
 
     def check_codes(self, number: int, state: np.ndarray[Any, Any], bound: np.ndarray[Any, Any]) -> None:
-        """Codes are nearest to the exact state under the stored scales, and those are the blocks'."""
+        """Codes are those of the exact state under the stored scales, and those are the blocks'."""
         blocks = np.pad(np.abs(state), (0, -NUMEL % BLOCKSIZE)).reshape(-1, BLOCKSIZE).max(axis=1)
         slack = np.pad(bound, (0, -NUMEL % BLOCKSIZE)).reshape(-1, BLOCKSIZE).max(axis=1)
         fp32 = TOLERANCES["optimizer step fp32"]
         close("absmax", self.absmax[number].cpu(), torch.from_numpy(blocks), fp32, torch.from_numpy(slack))
         scale = exact(self.absmax[number]).repeat(BLOCKSIZE)[:NUMEL]
         safe = np.where(scale > 0, scale, 1)
-        scaled, levels = np.where(scale > 0, state / safe, 0), exact(self.maps[number])
-        distance = np.abs(scaled[:, None] - levels[None, :])
-        excess = distance[np.arange(NUMEL), exact(self.states[number]).astype(int)] - distance.min(axis=1)
-        assert (excess <= TOLERANCES["nearest slack"].relative + 2 * FP32 * bound / safe).all()
+        codes, levels = exact(self.states[number]).astype(int), exact(self.maps[number])
+        allowed = TOLERANCES["nearest slack"].relative + 2 * FP32 * bound / safe
+        assert (excess(codes, state, scale, levels) <= allowed).all()
 
 
 @pytest.mark.parametrize("bits", [8, 32])

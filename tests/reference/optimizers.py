@@ -4,7 +4,8 @@ Written from the formulas, not from halfbyte's code. ``step`` takes what is stor
 and returns the exact next parameter and states; the caller says what rounding it allows.
 
 One line is not in the papers: where Adam's squares are zero there is no update. Exact squares are zero only if every
-gradient was, but 8-bit ones become zero while the mean is not, and the quotient would be the mean over eps.
+gradient was, but 8-bit ones that others stored may be zero while the mean is not, and the quotient would be the mean
+over eps. And stored codes are the nearest with one exception: see :func:`excess`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from tests.reference import textbook
 
-__all__ = ["OPTIMIZERS", "Settings", "Textbook"]
+__all__ = ["OPTIMIZERS", "Settings", "Textbook", "excess"]
 
 Array = npt.NDArray[np.float64]
 States = tuple[Array, ...]
@@ -151,5 +152,21 @@ class Textbook:
 
 def _nearest(state: Array, blocksize: int, levels: Array) -> Array:
     found = textbook.nearest(state, blocksize, levels)
-    codes = found.distance.argmin(axis=1)
+    codes = _zero_for_zero(found.distance, state, levels).argmin(axis=1)
     return textbook.decode(codes, found.absmax, blocksize, levels)
+
+
+def _zero_for_zero(distance: Array, state: Array, levels: Array) -> Array:
+    """``distance`` (values, levels) where levels begin at zero: that level is out of reach for all but zero."""
+    return np.where((levels == 0) & (levels[0] == 0) & (state > 0)[:, None], np.inf, distance)
+
+
+def excess(codes: npt.NDArray[np.int64], state: Array, scale: Array, levels: Array) -> Array:
+    """How much farther from each exact state its code is than the nearest one, as a share of the block's scale.
+
+    The only exception to nearest: squares (levels that begin at zero) above zero may not become zero, so to them that
+    code is infinitely far.
+    """
+    scaled = np.where(scale > 0, state / np.where(scale > 0, scale, 1), 0)
+    distance = _zero_for_zero(np.abs(scaled[:, None] - levels[None, :]), scaled, levels)
+    return distance[np.arange(len(state)), codes] - distance.min(axis=1)

@@ -8,7 +8,7 @@ import torch
 
 import halfbyte.functional as F
 from halfbyte.rules import hyper, rule_named, rule_names
-from tests.reference.optimizers import OPTIMIZERS, Settings, Textbook
+from tests.reference.optimizers import OPTIMIZERS, Settings, Textbook, excess
 from tests.support.tolerances import TOLERANCES, close, rounding
 
 ops = torch.ops.halfbyte
@@ -115,17 +115,14 @@ def check_8bit(name: str, steps: int, dtype: torch.dtype, grad_dtype: torch.dtyp
 
 
 def check_codes(q: torch.Tensor, a: torch.Tensor, state: np.ndarray, bound: np.ndarray, code: torch.Tensor) -> None:
-    """The codes are the nearest to the exact state, scaled by the absmax that is stored, and that is the block's."""
+    """The codes are those of the exact state, scaled by the absmax that is stored, and that is the block's."""
     pad = -len(state) % BLOCKSIZE
     blocks = np.pad(np.abs(state), (0, pad)).reshape(-1, BLOCKSIZE)
     slack = np.pad(bound, (0, pad)).reshape(-1, BLOCKSIZE).max(axis=1)
     close("absmax", a, torch.from_numpy(blocks.max(axis=1)), TOLERANCES["optimizer step fp32"], torch.from_numpy(slack))
     scale = exact(a).repeat(BLOCKSIZE)[: len(state)]
-    scaled = np.where(scale > 0, state / np.where(scale > 0, scale, 1), 0)
-    distance = np.abs(scaled[:, None] - exact(code)[None, :])
-    excess = distance[np.arange(len(state)), q.long().numpy()] - distance.min(axis=1)
     allowed = TOLERANCES["nearest slack"].relative + 2 * FP32 * bound / np.where(scale > 0, scale, 1)
-    assert (excess <= allowed).all()
+    assert (excess(q.long().numpy(), state, scale, exact(code)) <= allowed).all()
 
 
 def test_every_rule_has_a_textbook(backend: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.optim import sharding
 from halfbyte.optim.sharding import Part
+from halfbyte.rules import encoding_map
 
 __all__ = ["Edge", "Edges", "split"]
 
@@ -104,7 +105,7 @@ class Edges:
         for number, (code, value) in enumerate(zip(self.maps, values, strict=True)):
             # A shared block is never whole here: its last place is free, and carries the scale into the op.
             value[:, -1] = scales[number, places]
-            codes, absmax = _ops.quantize_blockwise(value, code, self.blocksize)
+            codes, absmax = _ops.quantize_blockwise(value, encoding_map(code), self.blocksize)
             for row, edge in enumerate(self.found):
                 edge.codes[number].copy_(codes[row, : edge.param.numel()])
                 edge.absmax[number].copy_(absmax[row : row + 1])

@@ -2,6 +2,7 @@
 
 from halfbyte.rules import adagrad, adam, ademamix, adopt, lion, momentum, rmsprop
 from halfbyte.rules.definition import ALIASES, Rule, bind, rule, rule_named, rule_names
+from halfbyte.rules.encoding import encoding_map
 from halfbyte.rules.hyper import FIELDS, hyper
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ademamix",
     "adopt",
     "bind",
+    "encoding_map",
     "hyper",
     "lion",
     "momentum",

@@ -1,4 +1,4 @@
-"""Rank tables of 8-bit maps at fixed addresses."""
+"""Tables of the codes of new states at fixed addresses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from halfbyte.backends.cpu.tables import Table
 from halfbyte.formats import ranks as formats
+from halfbyte.rules import encoding_map
 
 __all__ = ["Ranks", "ranks"]
 
@@ -25,8 +26,8 @@ class Ranks:
 
 @functools.lru_cache(maxsize=64)
 def ranks(code: bytes) -> Ranks | str:
-    """Table for a map of 256 rising fp32 values, given as their bytes; a reason if there is none."""
-    found = formats.ranks(code)
+    """How states are encoded in a map of 256 rising fp32 values, given as their bytes; a reason if there is no table."""
+    found = formats.ranks(encoding_map(np.frombuffer(code, np.float32)).tobytes())
     if isinstance(found, str):
         return found
     return Ranks(Table.of(found.table.view(np.uint8)), found.low, found.high, found.shift)

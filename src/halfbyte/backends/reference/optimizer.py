@@ -12,7 +12,7 @@ from torch import Tensor
 from halfbyte.backends.reference import coding
 from halfbyte.backends.registry import implements
 from halfbyte.formats import blocks
-from halfbyte.rules import FIELDS, Rule, bind, rule_named
+from halfbyte.rules import FIELDS, Rule, bind, encoding_map, rule_named
 
 __all__ = ["optimizer_step_8bit", "optimizer_step_32bit", "optimizer_update_norm", "random_bits"]
 
@@ -159,10 +159,10 @@ def optimizer_step_8bit(
     skip_zeros: bool = False,
     seed: int = -1,
 ) -> None:
-    """Step every parameter in place; states are codes of ``maps``, decoded before and encoded to nearest after."""
+    """Step every parameter in place; states are codes of ``maps``, decoded before and encoded after (``encoding_map``)."""
     count = len(rule_named(rule).signed)
     tables = [code.to(params[0].device).view(-1) for code in maps]
-    midpoints = [coding.midpoints_of(table) for table in tables]
+    midpoints = [coding.midpoints_of(encoding_map(table)) for table in tables]
     for place, (p, g) in enumerate(zip(params, grads, strict=True)):
         own = states[count * place : count * (place + 1)]
         scales = absmax[count * place : count * (place + 1)]

@@ -17,7 +17,7 @@ from halfbyte.backends.triton.kernels import optimizer as kernels
 from halfbyte.backends.triton.launch import Launcher, on_device, raw_stream
 from halfbyte.backends.triton.rules import function_of
 from halfbyte.formats.dynamic import dynamic_map
-from halfbyte.rules import FIELDS, rule_named
+from halfbyte.rules import FIELDS, encoding_map, rule_named
 
 __all__ = ["Launch", "optimizer_step_8bit", "optimizer_step_32bit", "plan"]
 
@@ -30,7 +30,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 @dataclass(frozen=True)
 class _Map:
-    """A code map on its device: how codes are found, and the midpoint below each."""
+    """A code map on its device: how codes are found, and what a value must exceed to get each (``encoding_map``)."""
 
     kind: int
     cuts: Tensor
@@ -45,7 +45,8 @@ def _map_of(code: bytes, device: torch.device) -> _Map | str:
     for number, signed in ((1, True), (2, False)):
         if code == dynamic_map(signed).tobytes():
             kind = number
-    middle = (values[:-1] + values[1:]) * np.float32(0.5)
+    apart = encoding_map(values)
+    middle = (apart[:-1] + apart[1:]) * np.float32(0.5)
     cuts = np.concatenate([np.asarray([-np.inf], np.float32), middle])
     with torch.inference_mode(False):
         return _Map(kind, torch.from_numpy(cuts).to(device))
