@@ -50,6 +50,7 @@ def with_values(case: Case, *settings: tuple[object, str, object]) -> Case:
     def run(i: int) -> object:
         for owner, name, value in settings:
             setattr(owner, name, value)
+        matmul._planned.cache_clear()
         return case(i)
 
     return run

@@ -15,6 +15,8 @@ from halfbyte.formats import codebook_names
 from halfbyte.formats.dynamic import dynamic_map
 from tests.backends.cpu.emulated_x86 import EmulatedEmitter
 from tests.backends.cpu.test_matmul import check
+from tests.backends.cpu.test_optimizer import check as check_steps
+from tests.backends.cpu.test_optimizer import check_scales
 from tests.support.hard_inputs import weights
 
 NAMES = ("amx", "avx512bf16", "avx512")
@@ -148,10 +150,20 @@ def test_codes_are_the_references(emulated: Callable[[str], None], name: str) ->
 
 def test_the_matrix_unit_takes_bf16_from_four_activations_on(emulated: Callable[[str], None]) -> None:
     emulated("amx")
-    assert tiled.takes(torch.empty(4, 64, dtype=torch.bfloat16))
-    assert not tiled.takes(torch.empty(3, 64, dtype=torch.bfloat16))
-    assert not tiled.takes(torch.empty(4, 64))
+    assert tiled.takes(4, torch.bfloat16)
+    assert not tiled.takes(3, torch.bfloat16)
+    assert not tiled.takes(4, torch.float32)
     emulated("avx512")
-    assert not tiled.takes(torch.empty(4, 64, dtype=torch.bfloat16))
+    assert not tiled.takes(4, torch.bfloat16)
     assert fused.takes_rows(1, 128)
     assert not fused.takes_rows(1, 192)
+
+
+@pytest.mark.parametrize("rule", ["adam", "ademamix", "lion", "rmsprop"])
+@pytest.mark.parametrize("numel", [7, 256, 2 * 256 + 3, 70_001])
+def test_optimizer_steps(
+    emulated: Callable[[str], None], only_backend: Callable[[str], None], rule: str, numel: int
+) -> None:
+    emulated("avx512")
+    check_scales(only_backend, rule)
+    check_steps(only_backend, rule, numel, torch.float32, torch.bfloat16, 256, -1, False)

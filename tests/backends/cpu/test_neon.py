@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.backends.cpu import blockwise, four_bit, fused, host, matmul, tables
+from halfbyte.backends.cpu import blockwise, four_bit, fused, host, matmul, memory, tables
 from halfbyte.backends.reference import blockwise as reference8
 from halfbyte.backends.reference import four_bit as reference
 from halfbyte.formats import codebook_names
@@ -26,15 +26,17 @@ def neon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[emulated.E
     monkeypatch.setattr(host, "level", lambda: host.level_named("neon"))
     for module in (four_bit, fused, blockwise):
         monkeypatch.setattr(module, "kernel", machine.kernel)
-    for make in ("empty", "zeros"):
+    for make in ("empty", "empty_strided", "zeros"):
         real = getattr(torch, make)
         monkeypatch.setattr(torch, make, lambda *a, _real=real, **k: machine.know(_real(*a, **k)))
     monkeypatch.setattr(fused, "scratch", lambda nbytes: torch.empty(nbytes, dtype=torch.uint8).data_ptr())
-    fused._chunk_kernels.cache_clear()
+    for kept in (fused._chunk_kernels, memory.maker, matmul._planned):
+        kept.cache_clear()
     for name in ("search", "buckets", "lookup_of"):
         monkeypatch.setattr(tables, name, _known(getattr(tables, name), machine))
     yield machine
-    fused._chunk_kernels.cache_clear()
+    for kept in (fused._chunk_kernels, memory.maker, matmul._planned):
+        kept.cache_clear()
     assert machine.calls > 0
 
 

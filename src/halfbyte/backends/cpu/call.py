@@ -14,14 +14,14 @@ from halfbyte.backends.cpu.kernels import blockwise, dequantize, int8, optimizer
 from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import Level
 
-__all__ = ["DTYPES", "KERNELS", "Kernel", "Launch", "Variant", "kernel", "write"]
+__all__ = ["DTYPES", "KERNELS", "Kernel", "Product", "Variant", "kernel", "write"]
 
 Variant = tuple[str, dict[str, Any]]
 """Name of a kernel and what its writer is told."""
 
-Launch = Callable[[int, int, int], None]
-"""A product that is ready to run, with a weight that stays in place: address of the activations, bytes between their
-rows, address of the contiguous result."""
+Product = Callable[[int, int, int, int, tuple[int, ...]], None]
+"""A product of known sizes: takes the address of the activations, bytes between their rows, the addresses of the
+contiguous result and of the packed weight, and ``Weight.inputs``."""
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """How the kernels call the dtypes of activations."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import functools
 
-from torch import Tensor
+import torch
 
 from halfbyte.backends.cpu import host, threads
-from halfbyte.backends.cpu.call import DTYPES, Kernel, Launch, Variant, kernel
+from halfbyte.backends.cpu.call import DTYPES, Kernel, Product, Variant, kernel
 from halfbyte.backends.cpu.kernels import rows
 from halfbyte.backends.cpu.kernels.level import CHUNK, Level
 from halfbyte.backends.cpu.kernels.product import ROWS
-from halfbyte.backends.cpu.weight import Weight
+from halfbyte.backends.cpu.weight import Sizes
 from halfbyte.backends.cpu.workspace import scratch
 
 __all__ = ["ROWS_BATCH", "blocks_of", "by_chunks", "by_rows", "row_variants", "takes_rows", "tiles_in_use"]
@@ -37,24 +37,22 @@ def blocks_of(blocksize: int) -> int:
     return max(1, rows.WIDE // blocksize)
 
 
-def by_rows(activations: Tensor, weight: Weight) -> Launch:
+def by_rows(batch: int, dtype: torch.dtype, weight: Sizes) -> Product:
     """Very few activations: several rows at a time, 128 codes in one register."""
-    batch, columns = activations.shape
-    level = host.level()
-    dtype, blocks = DTYPES[activations.dtype], blocks_of(weight.blocksize)
-    prepare, product, pairs = _row_kernels(level, dtype, weight.scales.nested, blocks, batch)
+    columns, blocks = weight.columns, blocks_of(weight.blocksize)
+    prepare, product, pairs = _row_kernels(host.level(), DTYPES[dtype], weight.nested, blocks, batch)
     size, groups = batch * columns * (2 if pairs else 4), columns // rows.WIDE
     a_piece = -(-weight.rows // (TOGETHER * 8 * threads.count())) * TOGETHER
-    pieces, packed, inputs = -(-weight.rows // a_piece), weight.packed_address, weight.inputs
+    pieces = -(-weight.rows // a_piece)
     shift = max(0, weight.blocksize.bit_length() - rows.WIDE.bit_length())
     numbers = (shift, weight.rows, groups, batch, a_piece, columns // 2 * TOGETHER)
 
-    def launch(source: int, stride: int, out: int) -> None:
+    def multiply(source: int, stride: int, out: int, packed: int, inputs: tuple[int, ...]) -> None:
         x = scratch(size)
         prepare(batch, source, x, stride, groups)
         product(pieces, packed, x, out, *inputs, *numbers)
 
-    return launch
+    return multiply
 
 
 @functools.cache
@@ -73,27 +71,25 @@ def row_variants(level: Level, dtype: str, nested: bool, blocks: int, tile: int)
     ]
 
 
-def by_chunks(activations: Tensor, weight: Weight) -> Launch:
+def by_chunks(batch: int, dtype: torch.dtype, weight: Sizes) -> Product:
     """Few activations, on every level: rows in groups that share a panel of activations."""
-    batch, columns = activations.shape
-    dtype = DTYPES[activations.dtype]
     tile, chunks = _tile(batch), weight.chunks
     count, halves = -(-batch // tile), weight.blocksize < CHUNK
-    prepare, product, size = _chunk_kernels(host.level(), dtype, weight.scales.nested, halves, tile)
-    tile_bytes = tile * columns * size
+    prepare, product, size = _chunk_kernels(host.level(), DTYPES[dtype], weight.nested, halves, tile)
+    tile_bytes = tile * weight.columns * size
     a_piece = -(-weight.rows // (ROWS * 8 * threads.count())) * ROWS
-    pieces, packed, inputs = -(-weight.rows // a_piece), weight.packed_address, weight.inputs
+    pieces = -(-weight.rows // a_piece)
     shift, panel = max(0, weight.blocksize.bit_length() - CHUNK.bit_length()), PANEL_BYTES // (tile * CHUNK * size)
     numbers = (shift, weight.rows, chunks, batch, count, max(1, panel), a_piece)
 
-    def launch(source: int, stride: int, out: int) -> None:
+    def multiply(source: int, stride: int, out: int, packed: int, inputs: tuple[int, ...]) -> None:
         x = scratch(count * tile_bytes)
         if batch % tile:  # what is left of the last tile
             ctypes.memset(x + (count - 1) * tile_bytes, 0, tile_bytes)
         prepare(batch, source, x, stride, chunks)
         product(pieces, packed, x, out, *inputs, *numbers)
 
-    return launch
+    return multiply
 
 
 @functools.cache

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from halfbyte.backends.cpu import fused, host, memory, sliced, tables, tiled
-from halfbyte.backends.cpu.call import Launch
-from halfbyte.backends.cpu.kernels.level import CHUNK
+from halfbyte.backends.cpu import fused, host, memory, sliced, tables, threads, tiled
+from halfbyte.backends.cpu.call import Product
+from halfbyte.backends.cpu.kernels.level import CHUNK, Level
 from halfbyte.backends.cpu.scales import Scales
-from halfbyte.backends.cpu.weight import Weight
+from halfbyte.backends.cpu.weight import Sizes, Weight
 from halfbyte.backends.registry import implements
 
 __all__ = ["gemm_4bit", "gemm_4bit_dgrad", "gemv_4bit"]
@@ -51,14 +52,15 @@ def _prepare(
         return None
     scales = Scales(absmax, absmax_8bit, absmax_code, absmax_offset)
     weight = Weight(B, shapeB, scales, blocksize, tables.lookup_of(quant_type), bias)
-    launch = _fused(A.detach().view(-1, columns), weight)
-    if launch is None:
+    multiply = _fused(A.numel() // columns, A.dtype, weight.sizes)
+    if multiply is None:
         return None
-    shape, dtype, stride = (*A.shape[:-1], rows), A.dtype, columns * A.element_size()
+    packed, inputs, stride = weight.packed_address, weight.inputs, columns * A.element_size()
+    made = memory.maker((*A.shape[:-1], rows), A.dtype)
 
     def repeat(x: Tensor) -> Tensor:
-        out = memory.empty(shape, dtype)
-        launch(x.data_ptr(), stride, out.data_ptr())
+        out = made()
+        multiply(x.data_ptr(), stride, out.data_ptr(), packed, inputs)
         return out
 
     return repeat
@@ -108,26 +110,32 @@ def _product(A: Tensor, weight: Weight, out: Tensor) -> None:
     if not columns:
         out.zero_() if weight.bias is None else out.copy_(weight.bias.detach().expand_as(out))
         return
-    activations = A if A.dim() == 2 and A.is_contiguous() else A.detach().reshape(-1, columns)
-    if activations.stride(1) != 1:
-        activations = activations.contiguous()
-    launch = _fused(activations, weight)
-    if launch is None:
-        sliced.multiply(activations.detach(), weight, out.view(-1, weight.rows))
+    multiply, stride = _fused(A.numel() // columns, A.dtype, weight.sizes), columns
+    if multiply is None or not A.is_contiguous():
+        A = A.detach().reshape(-1, columns)
+        A = A if A.stride(1) == 1 else A.contiguous()
+        stride = A.stride(0)
+    if multiply is None:
+        sliced.multiply(A, weight, out.view(-1, weight.rows))
     else:
-        launch(activations.data_ptr(), activations.stride(0) * activations.element_size(), out.data_ptr())
+        multiply(A.data_ptr(), stride * A.element_size(), out.data_ptr(), weight.packed_address, weight.inputs)
 
 
-def _fused(activations: Tensor, weight: Weight) -> Launch | None:
+def _fused(batch: int, dtype: torch.dtype, weight: Sizes) -> Product | None:
     """One of the products that decode the weight as they go; None where slices are faster."""
-    batch, columns = activations.shape
-    if columns % CHUNK:
+    return _planned(host.level(), threads.count(), batch, dtype, weight)
+
+
+@functools.lru_cache(maxsize=1024)
+def _planned(level: Level, count: int, batch: int, dtype: torch.dtype, weight: Sizes) -> Product | None:
+    del level, count  # what plans are kept by: those that make them ask for themselves
+    if weight.columns % CHUNK:
         return None
-    if fused.takes_rows(batch, columns):
-        return fused.by_rows(activations, weight)
-    if tiled.takes(activations):
-        return tiled.by_tiles(activations, weight)
-    return fused.by_chunks(activations, weight) if batch <= _fused_batch(activations.dtype) else None
+    if fused.takes_rows(batch, weight.columns):
+        return fused.by_rows(batch, dtype, weight)
+    if tiled.takes(batch, dtype):
+        return tiled.by_tiles(batch, weight)
+    return fused.by_chunks(batch, dtype, weight) if batch <= _fused_batch(dtype) else None
 
 
 def _fused_batch(dtype: torch.dtype) -> int:

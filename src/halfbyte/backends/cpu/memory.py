@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["empty"]
+__all__ = ["empty", "maker"]
 
 LARGE = 4 << 20
 """Bytes from which it pays: two huge pages."""
@@ -33,10 +34,22 @@ def _madvise() -> Any:
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor."""
-    made = torch.empty(tuple(shape), dtype=dtype)
-    size = made.nbytes
-    if size >= LARGE and (advise := _madvise()) is not None:
-        start = -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    return maker(tuple(shape), dtype)()
+
+
+@functools.lru_cache(maxsize=1024)
+def maker(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
+    """What makes such tensors, kept: a small product takes little longer than working out how."""
+    if math.prod(shape) * dtype.itemsize >= LARGE:
+        return functools.partial(_large, shape, dtype)
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return functools.partial(torch.empty_strided, shape, strides, dtype=dtype)
+
+
+def _large(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    made = torch.empty(shape, dtype=dtype)
+    if (advise := _madvise()) is not None:
+        end, start = made.data_ptr() + made.nbytes, -(-made.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         # Advice only: where it is refused (a kernel without huge pages), nothing is lost.
-        advise(start, (made.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+        advise(start, (end - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
     return made

@@ -7,13 +7,12 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from halfbyte.backends.cpu import host, threads
-from halfbyte.backends.cpu.call import Kernel, Launch, Variant, kernel
+from halfbyte.backends.cpu.call import Kernel, Product, Variant, kernel
 from halfbyte.backends.cpu.kernels import tiles
 from halfbyte.backends.cpu.kernels.level import CHUNK, Level
-from halfbyte.backends.cpu.weight import Weight
+from halfbyte.backends.cpu.weight import Sizes
 from halfbyte.backends.cpu.workspace import scratch
 
 __all__ = ["WIDE", "by_tiles", "takes", "variants"]
@@ -36,9 +35,9 @@ GROUP_ROWS = 128
 """Rows of the weight whose sums a thread holds for several groups of activations."""
 
 
-def takes(activations: Tensor) -> bool:
-    """Whether the matrix unit is the fastest for these activations."""
-    return activations.dtype == torch.bfloat16 and activations.shape[0] >= LEAST and host.level().matrix
+def takes(batch: int, dtype: torch.dtype) -> bool:
+    """Whether the matrix unit is the fastest for such activations."""
+    return dtype == torch.bfloat16 and batch >= LEAST and host.level().matrix
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,13 @@ def variants(nested: bool, halves: bool, wide: int, whole: bool) -> list[Variant
     return [("prepare_tiles", {}), ("product_tiles", {"nested": nested, "halves": halves, **shape})]
 
 
-def by_tiles(activations: Tensor, weight: Weight) -> Launch:
+def by_tiles(batch: int, weight: Sizes) -> Product:
     """From a few activations to any number of them."""
-    batch, columns = activations.shape
-    rows, chunks, halves = weight.rows, weight.chunks, weight.blocksize < CHUNK
-    nested, packed, inputs = weight.scales.nested, weight.packed_address, weight.inputs
+    rows, columns, chunks = weight.rows, weight.columns, weight.chunks
+    nested, halves = weight.nested, weight.blocksize < CHUNK
     shift = max(0, weight.blocksize.bit_length() - CHUNK.bit_length())
 
-    def launch(source: int, stride: int, out: int) -> None:
+    def multiply(source: int, stride: int, out: int, packed: int, inputs: tuple[int, ...]) -> None:
         count = threads.count()  # each has memory of its own, so the number must be that of this call
         plan = _plan(batch, rows, chunks, count)
         across = plan.groups * plan.wide
@@ -117,4 +115,4 @@ def by_tiles(activations: Tensor, weight: Weight) -> Launch:
             plan.panel * CHUNK // 2,
         )
 
-    return launch
+    return multiply

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,7 +11,21 @@ from halfbyte.backends.cpu.kernels.level import CHUNK
 from halfbyte.backends.cpu.scales import Scales
 from halfbyte.backends.cpu.tables import Table
 
-__all__ = ["Weight"]
+__all__ = ["Sizes", "Weight"]
+
+
+class Sizes(NamedTuple):
+    """What a product's plan depends on. ``blocksize``: values that share a scale. ``nested``: double-quantized scales."""
+
+    rows: int
+    columns: int
+    blocksize: int
+    nested: bool
+
+    @property
+    def chunks(self) -> int:
+        """Of one row."""
+        return self.columns // CHUNK
 
 
 class Weight:
@@ -42,9 +57,8 @@ class Weight:
         self.scales, self.blocksize, self.table = scales, blocksize, table
 
     @property
-    def chunks(self) -> int:
-        """Of one row."""
-        return self.columns // CHUNK
+    def sizes(self) -> Sizes:
+        return Sizes(self.rows, self.columns, self.blocksize, self.scales.nested)
 
     @property
     def packed_address(self) -> int:
