@@ -58,6 +58,34 @@ def test_few_rows_of_a_16_bit_layer_are_repeated_directly(nested: bool, rows: in
         assert layer._repeated.product(layer, x) is not None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("rows", [8, 300, 3000])
+def test_repeated_products_in_training_give_the_dispatched_gradients(
+    dtype: torch.dtype, nested: bool, rows: int
+) -> None:
+    layer = layer_of(dtype, nested=nested)
+    x = torch.randn(1, rows, 256, device="cuda", dtype=dtype, requires_grad=True)
+    upstream = torch.randn(1, rows, 160, device="cuda", dtype=dtype)
+    with Listener():
+        expected = torch.autograd.grad(layer(x), (x, layer.bias), upstream)
+    for _ in range(4):
+        found = torch.autograd.grad(layer(x), (x, layer.bias), upstream)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_many_rows_are_repeated_directly_forward_and_backward(dtype: torch.dtype) -> None:
+    layer = layer_of(dtype, n=264)  # no multiple of 64: no product of the decoding kernel, forward or backward
+    x = torch.randn(1, 5000, 256, device="cuda", dtype=dtype, requires_grad=True)
+    upstream = torch.randn(1, 5000, 264, device="cuda", dtype=dtype)
+    for _ in range(2):
+        layer(x).backward(upstream)
+    assert layer._repeated is not None
+    assert layer._repeated.product(layer, x) is not None
+    assert layer._repeated.gradient(upstream, layer.weight) is not None
+
+
 def test_a_repeated_call_on_misaligned_activations_is_right() -> None:
     layer = layer_of()
     with torch.no_grad():

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 
 from halfbyte.backends import registry
 from halfbyte.backends.reference import four_bit as reference
 from halfbyte.backends.registry import Backend, implements
+from halfbyte.functional import dequantize_4bit
 from halfbyte.nn import Linear4bit
 from tests.support.listening import Listener
 
@@ -42,6 +44,26 @@ def repeats() -> Iterator[list[torch.Size]]:
     implements("repeating", "gemm_4bit", prepare=prepare)(reference.gemm_4bit)
     yield seen
     registry.unregister("repeating")
+
+
+@pytest.fixture
+def repeated_gradients(repeats: list[torch.Size]) -> list[torch.Size]:
+    """The same backend offers to repeat gradients to the input as well; lists their shapes."""
+    del repeats
+    seen: list[torch.Size] = []
+
+    def prepare(grad: Tensor, packed: Tensor, shape: Any, absmax: Tensor, *rest: Any) -> Callable[[Tensor], Tensor]:
+        blocksize, kind, *nested = rest
+        weight = reference.dequantize_4bit(packed, absmax, blocksize, kind, shape, grad.dtype, *nested)
+
+        def call(grad: Tensor) -> Tensor:
+            seen.append(grad.shape)
+            return grad @ weight
+
+        return call
+
+    implements("repeating", "gemm_4bit_dgrad", prepare=prepare)(reference.gemm_4bit_dgrad)
+    return seen
 
 
 @pytest.fixture
@@ -208,26 +230,78 @@ def test_another_dtype_of_activations_takes_the_ordinary_way(repeats: list[torch
     assert repeats == []
 
 
-def test_gradients_take_the_ordinary_way(repeats: list[torch.Size]) -> None:
-    layer = layer_of(bias=False)
-    with torch.no_grad():
-        layer(X)
-    x = X.clone().requires_grad_()
-    layer(x).sum().backward()
+def gradients(layer: Linear4bit, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Of the sum of the product's squares, to the input and the bias."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    layer(x).square().sum().backward()
     assert x.grad is not None
-    assert repeats == []
-    layer(X)  # gradients are enabled, but nothing here needs one
-    assert repeats == [X.shape]
+    return x.grad, None if layer.bias is None else layer.bias.grad
 
 
-def test_a_bias_that_learns_takes_the_ordinary_way(repeats: list[torch.Size]) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_that_wants_gradients_is_repeated_with_them(
+    repeats: list[torch.Size], repeated_gradients: list[torch.Size], bias: bool
+) -> None:
+    layer = layer_of(bias=bias)
+    first, second, third = (gradients(layer, X) for _ in range(3))
+    assert repeats == [X.shape] * 2
+    assert repeated_gradients == [torch.Size((3, 32))]  # the second pass was the first whose gradient was looked for
+    torch.testing.assert_close(second, first)
+    torch.testing.assert_close(third, first)
+
+
+@pytest.mark.parametrize("change", [replace_weight, replace_data, replace_offset, replace_data_of_the_second_level])
+@pytest.mark.usefixtures("repeats")
+def test_gradients_are_those_of_the_weight_that_was_multiplied(
+    repeated_gradients: list[torch.Size], change: Callable[[Linear4bit], None]
+) -> None:
+    layer, twin = layer_of(), layer_of()
+    for _ in range(3):
+        gradients(layer, X)
+    assert len(repeated_gradients) == 1
+    change(layer)
+    change(twin)
+    torch.testing.assert_close(gradients(layer, X), gradients(twin, X))
+    assert len(repeated_gradients) == 1
+
+
+@pytest.mark.usefixtures("repeats", "repeated_gradients")
+def test_a_weight_that_was_replaced_before_the_backward_pass_is_still_the_one_multiplied() -> None:
     layer = layer_of()
-    with torch.no_grad():
-        layer(X)
-    assert layer.bias.requires_grad
-    layer(X).sum().backward()
-    torch.testing.assert_close(layer.bias.grad, torch.full((32,), 3.0))
-    assert repeats == []
+    gradients(layer, X), gradients(layer, X)
+    expected = gradients(layer, X)
+    x = X.clone().requires_grad_()
+    product = layer(x)
+    replace_weight(layer)
+    product.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected[0])
+
+
+@pytest.mark.usefixtures("repeats", "repeated_gradients")
+def test_a_checkpointed_product_saves_the_same_when_it_is_repeated() -> None:
+    layer = layer_of(bias=False)
+    expected = gradients(layer_of(bias=False), X)[0]
+    for _ in range(3):
+        x = X.clone().requires_grad_()
+        # The first pass takes the ordinary way, its repetition in the backward pass the short one.
+        torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+        torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.usefixtures("repeats", "repeated_gradients")
+def test_repeated_products_have_second_derivatives() -> None:
+    layer, x = layer_of(bias=False), X.clone().requires_grad_()
+    for _ in range(3):
+        (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+    weight = reference_weight(layer)
+    y = X @ weight.t()
+    torch.testing.assert_close(second, (6 * y * (torch.ones_like(X) @ weight.t())) @ weight)
+
+
+def reference_weight(layer: Linear4bit) -> Tensor:
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 @pytest.mark.usefixtures("no_grad")

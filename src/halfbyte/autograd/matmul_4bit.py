@@ -14,7 +14,7 @@ from halfbyte.errors import QuantStateMissingError
 from halfbyte.functional import dequantize_4bit, format_of, kernel_scales
 from halfbyte.quant_state import QuantState
 
-__all__ = ["MatMul4Bit", "matmul_4bit"]
+__all__ = ["MatMul4Bit", "RepeatedMatMul4Bit", "gradient_4bit", "matmul_4bit"]
 
 _ops = torch.ops.halfbyte
 _DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass  # pyright: ignore[reportPrivateUsage]
@@ -41,16 +41,54 @@ class MatMul4Bit(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
-            state: QuantState = ctx.quant_state
-            shape, blocksize, kind, _ = format_of(state)
-            scales = kernel_scales(state)
-            if torch.is_grad_enabled() and grad.requires_grad:  # a second derivative is wanted: ops have none
-                grad_A = torch.matmul(grad, dequantize_4bit(B, state).to(grad.dtype))
-            else:
-                grad_A = _call("gemm_4bit_dgrad", registry.undisturbed(grad))(
-                    grad, B, shape, scales[0], blocksize, kind, *scales[1:]
-                )
+            grad_A = gradient_4bit(grad, B, ctx.quant_state)
         return grad_A, None, None, grad_bias, None
+
+
+class RepeatedMatMul4Bit(torch.autograd.Function):
+    """:class:`MatMul4Bit` of a layer that knows short ways for the product and its gradient.
+
+    It saves what the other one saves: checkpointing allows no difference between a forward pass and its repetition.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, A: Tensor, B: Tensor, bias: Tensor | None, layer: Any, call: Callable[[Tensor], Tensor | None]
+    ) -> Tensor:
+        ctx.layer, ctx.weight, ctx.quant_state = layer, B, B.quant_state  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(B)
+        result = call(A)
+        return _product(A, B, ctx.quant_state, bias, direct=True) if result is None else result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        (grad,) = grads
+        grad_A = grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        if ctx.needs_input_grad[0]:
+            grad_A = ctx.layer.input_gradient(grad, ctx.weight, ctx.quant_state)
+        return grad_A, None, grad_bias, None, None
+
+
+def gradient_4bit(grad: Tensor, B: Tensor, quant_state: QuantState) -> Tensor:
+    """``grad @ weight``: the gradient of a 4-bit product to its activation.
+
+    Args:
+        grad: ``(..., N)``; the product is computed and returned in its dtype.
+        B: Packed codes of a weight ``(N, K)``.
+        quant_state: The weight's.
+
+    Returns:
+        ``(..., K)``.
+    """
+    if torch.is_grad_enabled() and grad.requires_grad:  # a second derivative is wanted: ops have none
+        return torch.matmul(grad, dequantize_4bit(B, quant_state).to(grad.dtype))
+    shape, blocksize, kind, _ = format_of(quant_state)
+    scales = kernel_scales(quant_state)
+    call = _call("gemm_4bit_dgrad", registry.undisturbed(grad))
+    return call(grad, B, shape, scales[0], blocksize, kind, *scales[1:])
 
 
 def matmul_4bit(

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -85,7 +86,7 @@ class MatMul8bitLt(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.weight_dtype = B.dtype
         ctx.save_for_backward(A if ctx.needs_input_grad[1] else None, CB, SCB)
-        result = _ops.int8_linear(A, CB, SCB, state.threshold, bias, full)
+        result = _call("int8_linear", A)(A, CB, SCB, state.threshold, bias, full)
         return result if out is None else out.copy_(result)
 
     @staticmethod
@@ -94,7 +95,7 @@ class MatMul8bitLt(torch.autograd.Function):
         A, CB, SCB = ctx.saved_tensors
         grad_A = grad_B = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_A = _ops.int8_linear_dgrad(grad, CB, SCB)
+            grad_A = _call("int8_linear_dgrad", grad)(grad, CB, SCB)
         if ctx.needs_input_grad[1]:
             grad_B = torch.matmul(grad.reshape(-1, grad.shape[-1]).t(), A.reshape(-1, A.shape[-1])).to(ctx.weight_dtype)
         if ctx.needs_input_grad[3]:
@@ -162,10 +163,14 @@ def matmul(
     if torch.is_grad_enabled() and (A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)):
         return MatMul8bitLt.apply(A, B, out, bias, state)  # pyright: ignore[reportReturnType]
     CB, SCB, full = _operands(B, state)
-    # Eager inference skips torch's dispatcher, which costs as much as a small product on a GPU.
-    product = registry.kernel("int8_linear") if registry.undisturbed(A) else _ops.int8_linear
-    result = product(A, CB, SCB, state.threshold, bias, full)
+    result = _call("int8_linear", A)(A, CB, SCB, state.threshold, bias, full)
     return result if out is None else out.copy_(result)
+
+
+def _call(op: str, A: Tensor) -> Callable[..., Tensor]:
+    """The op; or, where nothing listens, what it calls: torch's dispatcher costs as much as a small GPU product."""
+    seen = torch.is_grad_enabled() and A.requires_grad  # in a backward pass that is differentiated again
+    return registry.kernel(op) if registry.undisturbed(A) and not seen else getattr(_ops, op)
 
 
 def _operands(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor, Tensor | None]:

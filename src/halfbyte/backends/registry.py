@@ -28,6 +28,7 @@ __all__ = [
     "prepare",
     "register",
     "select",
+    "transformed",
     "tune",
     "undisturbed",
     "unregister",
@@ -209,9 +210,12 @@ def undisturbed(tensor: torch.Tensor) -> bool:
 
 def listened() -> bool:
     """Whether a mode, a transform or a tracer wants to hear of every op."""
-    return bool(
-        _dispatch_modes() or _function_modes() or _transforms() is not None or torch._C._get_tracing_state()  # pyright: ignore[reportPrivateUsage]
-    )
+    return bool(_dispatch_modes() or _function_modes()) or transformed()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or a tracer is at work, which knows no autograd Function of ours."""
+    return bool(_transforms() is not None or torch._C._get_tracing_state())  # pyright: ignore[reportPrivateUsage]
 
 
 def kernel(op: str) -> Callable[..., Any]:
@@ -219,13 +223,19 @@ def kernel(op: str) -> Callable[..., Any]:
     return _kernels[op]
 
 
-def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, int]] = ()) -> None:
-    """Let every backend that can serve here compile ahead: those whose module has a ``warmup(say, dtypes, shapes)``.
+def warmup(
+    say: Callable[[str], None],
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, int]] = (),
+    experts: Sequence[tuple[int, int, int, int, bool]] = (),
+) -> None:
+    """Let every backend that can serve here compile ahead: those whose module has a ``warmup`` of these arguments.
 
     Args:
         say: Takes one line of text for each backend.
         dtypes: Of activations.
         shapes: (out_features, in_features) of the weights; empty for usual ones.
+        experts: Of stacked weights: experts, chosen of them, out_features, in_features, whether there is a bias.
     """
     for backend in backends():
         reason = backend.why_not()
@@ -234,16 +244,21 @@ def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype], shapes: Se
             continue
         compile_ahead = getattr(importlib.import_module(backend.module), "warmup", None)
         if compile_ahead is not None:
-            compile_ahead(say, dtypes, shapes)
+            compile_ahead(say, dtypes, shapes, experts)
 
 
 def tune(
-    shapes: Sequence[tuple[int, int]] | None, workers: int, expect: Callable[[int], None], tick: Callable[[str], None]
+    shapes: Sequence[tuple[int, int]] | None,
+    batches: Sequence[int] | None,
+    workers: int,
+    expect: Callable[[int], None],
+    tick: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure the tiles of the GPU kernels for weights of ``shapes`` (None: those of usual models) on this GPU.
 
     Args:
         shapes: (out_features, in_features).
+        batches: Rows of activations; None for all that have tiles of their own.
         workers: Processes that compile.
         expect: Told the number of steps.
         tick: Told of each.
@@ -252,7 +267,7 @@ def tune(
         The tuning file's document.
     """
     measure = importlib.import_module("halfbyte.backends.triton.tune")
-    return measure.tune(shapes or measure.SHAPES, workers, expect, tick)
+    return measure.tune(shapes or measure.SHAPES, batches or measure.FUSED_BATCHES, workers, expect, tick)
 
 
 def _find_candidates(op: str, device: torch.device) -> tuple[_Implementation, ...]:

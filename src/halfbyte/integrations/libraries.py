@@ -50,6 +50,7 @@ def watch() -> None:
     after_import("transformers.quantizers.auto", _extend_quantizers)
     after_import("peft.tuners.lora.layer", _extend_peft_experts)
     after_import("transformers.utils.quantization_config", _extend_config)
+    after_import("peft.tuners.lora.bnb", _extend_lora)
     after_import("peft.tuners.randlora.bnb", _extend_randlora)
     after_import("peft.utils.loftq_utils", _extend_loftq)
     after_import("diffusers.quantizers.bitsandbytes.bnb_quantizer", _extend_diffusers)
@@ -67,6 +68,10 @@ def _extend_config() -> None:
     config = sys.modules["transformers.utils.quantization_config"].BitsAndBytesConfig
     if not hasattr(config.__init__, "__wrapped__"):
         importlib.import_module("halfbyte.integrations.transformers_embeddings").extend_config(config)
+
+
+def _extend_lora() -> None:
+    importlib.import_module("halfbyte.integrations.peft_lora").extend()
 
 
 def _extend_randlora() -> None:
@@ -103,3 +108,5 @@ def _renew_peft_layers() -> None:
                 importlib.reload(module)
                 if name == "peft.tuners.randlora.bnb":
                     _extend_randlora()
+                if name == "peft.tuners.lora.bnb":
+                    _extend_lora()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import matmul_4bit
+from halfbyte.autograd import gradient_4bit, matmul_4bit
 from halfbyte.errors import CheckpointError, QuantStateMissingError
 from halfbyte.nn.compute_dtype import compute_dtype_for
 from halfbyte.nn.holds_4bit import Holds4bit
@@ -83,10 +83,27 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
             bias = bias.to(dtype)
         if x.dtype == dtype:
             result = matmul_4bit(x, self.weight, state, bias=bias)
-            if not (result.requires_grad or torch.compiler.is_compiling()) and state is not None:
+            if not torch.compiler.is_compiling() and state is not None:
                 self.__dict__["_repeated"] = Repeated.after(self, x, self.weight, state, bias)
             return result
         return matmul_4bit(x.to(dtype), self.weight, state, bias=bias).to(x.dtype)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, state: QuantState) -> Tensor:
+        """``grad @ weight``: the gradient to the input of a product of this layer, ``(..., K)`` from ``(..., N)``.
+
+        Args:
+            grad: To the product.
+            weight: Of that product: the layer may have another one by now.
+            state: The weight's.
+        """
+        repeated = None if torch.compiler.is_compiling() else self._repeated
+        found = None if repeated is None else repeated.gradient(grad, weight)
+        if found is not None:
+            return found
+        result = gradient_4bit(grad, weight, state)
+        if repeated is not None:
+            repeated.learn_gradient(grad, weight, state)
+        return result
 
     def compute_dtype_for(self, x: Tensor) -> torch.dtype:
         """The dtype in which the product with ``x`` is computed."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.autograd import RepeatedMatMul4Bit
 from halfbyte.backends import registry
 from halfbyte.functional import format_of, kernel_scales
 from halfbyte.quant_state import QuantState, changes
@@ -35,8 +36,8 @@ class Repeated:
     """
 
     __slots__ = (
-        "_addresses", "_bias", "_calls", "_changes", "_compute_dtype", "_device", "_dtype", "_format", "_state",
-        "_weight",
+        "_addresses", "_bias", "_calls", "_changes", "_compute_dtype", "_device", "_dtype", "_format", "_gradients",
+        "_state", "_weight",
     )  # fmt: skip
 
     def __init__(self, layer: Any, weight: Tensor, state: QuantState, bias: Tensor | None, x: Tensor) -> None:
@@ -49,6 +50,7 @@ class Repeated:
         self._compute_dtype = layer.compute_dtype
         self._dtype, self._device = x.dtype, x.device
         self._calls: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
+        self._gradients: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -63,24 +65,39 @@ class Repeated:
             return None
         parameters = layer._parameters
         weight, bias = parameters["weight"], parameters["bias"]
-        if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return None
         if not x.is_contiguous() or layer.compute_dtype is not self._compute_dtype or registry.listened():
             return None
-        return call(x) if self._holds(weight, bias) else None
+        if not self._has(bias) or not self._holds(weight):
+            return None
+        if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return RepeatedMatMul4Bit.apply(x, weight, bias, layer, call)  # pyright: ignore[reportReturnType]
+        return call(x)
 
-    def _holds(self, weight: Any, bias: Tensor | None) -> bool:
-        """Whether the layer's tensors are where they were."""
-        if weight is None or weight is not self._weight() or bias is not (None if self._bias is None else self._bias()):
+    def gradient(self, grad: Tensor, weight: Tensor) -> Tensor | None:
+        """``grad @ weight``, None where this is not, in every respect, a call that was made before."""
+        call = self._gradients.get(grad.shape)
+        if call is None or grad.dtype is not self._dtype or grad.device != self._device or type(grad) is not Tensor:
+            return None
+        if not grad.is_contiguous() or registry.listened() or (_is_grad_enabled() and grad.requires_grad):
+            return None
+        return call(grad) if self._holds(weight) else None
+
+    def _has(self, bias: Tensor | None) -> bool:
+        """Whether the layer's bias is where it was."""
+        if bias is None or self._bias is None:
+            return bias is None and self._bias is None
+        return bias is self._bias() and bias.data_ptr() == self._addresses[1]
+
+    def _holds(self, weight: Any) -> bool:
+        """Whether the weight's tensors are where they were."""
+        if weight is None or weight is not self._weight():
             return False
         state = getattr(weight, "quant_state", None)
         if state is None or state is not self._state():
             return False
-        packed, bias_address, absmax, nested = self._addresses
+        packed, _, absmax, nested = self._addresses
         with _DisableTorchFunctionSubclass():  # the parameter's own __torch_function__ would answer every question
             if weight.data_ptr() != packed or state.absmax.data_ptr() != absmax:
-                return False
-            if (0 if bias is None else bias.data_ptr()) != bias_address:
                 return False
             if nested is not None and nested != _nested_addresses(state):
                 return False
@@ -96,21 +113,15 @@ class Repeated:
 
     def learn(self, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> None:
         """Ask the backend for what repeats the product with ``x``, which was made by the ordinary way just now."""
-        if x.shape in self._calls:
-            return
-        if len(self._calls) >= SHAPES:
-            self._calls.clear()
-        shape, blocksize, kind, _ = format_of(state)
-        scales = kernel_scales(state)
-        if scales[0] is not state.absmax and scales[1] is None:
-            # They were computed for one call and are freed after it: a kernel that kept their address would read
-            # whatever lies there then.
-            self._calls[x.shape] = None
-            return
-        with _DisableTorchFunctionSubclass():
-            self._calls[x.shape] = registry.prepare(
-                "gemm_4bit", x, weight, shape, scales[0], blocksize, kind, bias, *scales[1:]
-            )
+        if x.shape not in self._calls:
+            _keep(self._calls, x.shape, _prepared("gemm_4bit", x, weight, state, bias))
+
+    def learn_gradient(self, grad: Tensor, weight: Tensor, state: QuantState) -> None:
+        """Ask the backend for what repeats ``grad @ weight``, which was made by the ordinary way just now."""
+        fits = grad.dtype is self._dtype and grad.device == self._device and grad.is_contiguous()
+        fits = fits and not grad.requires_grad
+        if fits and grad.shape not in self._gradients and registry.undisturbed(grad) and self._holds(weight):
+            _keep(self._gradients, grad.shape, _prepared("gemm_4bit_dgrad", grad, weight, state))
 
     @staticmethod
     def after(layer: Any, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Repeated | None:
@@ -122,10 +133,30 @@ class Repeated:
             return own
         same = own is not None and own._dtype is x.dtype and own._device == x.device
         same = same and own._compute_dtype is layer.compute_dtype  # pyright: ignore[reportOptionalMemberAccess]
-        if own is None or not same or not own._holds(weight, bias):
+        if own is None or not same or not (own._has(bias) and own._holds(weight)):
             own = Repeated(layer, weight, state, bias, x)
         own.learn(x, weight, state, bias)
         return own
+
+
+def _keep(calls: dict[torch.Size, Any], shape: torch.Size, call: Callable[[Tensor], Tensor | None] | None) -> None:
+    if len(calls) >= SHAPES:
+        calls.clear()
+    calls[shape] = call
+
+
+def _prepared(
+    op: str, x: Tensor, weight: Tensor, state: QuantState, *bias: Tensor | None
+) -> Callable[[Tensor], Tensor | None] | None:
+    """What the backend offers for repeating ``op`` with tensors like ``x``."""
+    shape, blocksize, kind, _ = format_of(state)
+    scales = kernel_scales(state)
+    if scales[0] is not state.absmax and scales[1] is None:
+        # They were computed for one call and are freed after it: a kernel that kept their address would read whatever
+        # lies there then.
+        return None
+    with _DisableTorchFunctionSubclass():
+        return registry.prepare(op, x, weight, shape, scales[0], blocksize, kind, *bias, *scales[1:])
 
 
 def _addresses(

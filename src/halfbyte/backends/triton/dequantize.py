@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from halfbyte.backends.triton.device import pairs_of
 from halfbyte.backends.triton.kernels.dequantize import _dequantize_4bit_kernel
 from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, dense, on_device, raw_stream
 
-__all__ = ["Nested", "dequantize_4bit", "dequantize_into"]
+__all__ = ["Nested", "dequantize_4bit", "dequantize_into", "whole_filling"]
 
 Nested = tuple[Tensor | None, Tensor | None, Tensor | None]
 """absmax_8bit, absmax_code and absmax_offset of an op: three tensors, or three times None."""
@@ -70,6 +70,32 @@ def dequantize_into(
     if len(_launchers) >= MOST_LAUNCHERS:
         _launchers.clear()
     _launchers[key] = launcher
+
+
+def whole_filling(
+    packed: Tensor, absmax: Tensor, nested: Nested, blocksize: int, quant_type: str, numel: int, dtype: torch.dtype
+) -> Callable[..., None] | None:
+    """What dequantizes a whole weight to an aligned address, its tensors as they lie; None where that never ran.
+
+    Args:
+        packed: Contiguous, of any storage dtype; aligned, like the scales.
+        absmax: As ops take it.
+        nested: As ops take them, readable.
+        blocksize: Values per block.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        numel: Codes.
+        dtype: Of the result.
+    """
+    index, row_tiles = packed.device.index, -(-numel // SPAN)
+    numbers = (numel, 0, numel, row_tiles, numel)
+    plain = nested[0] is None
+    aligned = (True,) * 7
+    key = (numbers, blocksize, torch.uint8, absmax.dtype, dtype, plain, index, aligned)
+    launcher = _launchers.get(key)
+    if launcher is None:
+        return None
+    tensors = (packed, absmax, *nested, pairs_of(quant_type, index))
+    return launcher.bound((row_tiles, 1, 1), index, tensors, numbers)
 
 
 def as_bytes(packed: Tensor) -> Tensor:

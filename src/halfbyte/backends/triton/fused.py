@@ -138,18 +138,18 @@ class FusedPlan:
             whole = self._launcher.repeated(self._grid, index, shape, *first)
             return None if whole is None else on_its_device(whole, index)
         parts = self._launcher.repeated(self._grid, index, (self.split, self.m, self.n), *first, torch.float32)
-        if parts is None or not total.compiled():
+        numel = self.m * self.n
+        summed = total.bound((-(-numel // 1024), 1, 1), index, numbers=(numel, self.n))
+        if parts is None or summed is None:
             return None
         address = None if bias is None else bias.data_ptr()
-        numel = self.m * self.n
-        grid = (-(-numel // 1024), 1, 1)
 
         def call(x: Tensor) -> Tensor | None:
             partial = parts(x)
             if partial is None:
                 return None
             out = x.new_empty(shape)
-            total.direct(grid, raw_stream(index), partial.data_ptr(), address, out.data_ptr(), numel, self.n)
+            summed(partial.data_ptr(), address, out.data_ptr())
             return out
 
         return on_its_device(call, index)

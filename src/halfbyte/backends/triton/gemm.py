@@ -34,6 +34,7 @@ PORTABLE_UP_TO = 16
 
 _plans: dict[tuple[Any, ...], FusedPlan | DecodedPlan | None] = {}
 _backward_plans: dict[tuple[Any, ...], DecodedPlan | None] = {}
+_UNPLANNED: Any = object()
 
 
 def make_plan(
@@ -99,13 +100,22 @@ def _prepare(
         return None
     rows = A.numel() // k
     nested = (absmax_8bit, absmax_code, absmax_offset)
-    plan = _plans.get(_key(A, B, rows, n, k, k, blocksize, quant_type, absmax_8bit is not None, bias is not None))
-    tensors = [tensor for tensor in (B, absmax, *nested, bias) if tensor is not None]
-    offset_fits = absmax_offset is None or absmax_offset.dtype == torch.float32
-    in_place = offset_fits and all(tensor.is_contiguous() for tensor in tensors) and aligned(*tensors)
-    if not isinstance(plan, FusedPlan) or not in_place or k % 8:
+    if not _in_place(B, absmax, nested, bias):
         return None
-    return plan.repeated(B, absmax, nested, bias, (*A.shape[:-1], n), A.device.index)
+    key = _key(A, B, rows, n, k, k, blocksize, quant_type, absmax_8bit is not None, bias is not None)
+    plan = _plans.get(key, _UNPLANNED)
+    if isinstance(plan, FusedPlan) and k % 8 == 0:
+        return plan.repeated(B, absmax, nested, bias, (*A.shape[:-1], n), A.device.index)
+    if plan is None and rows > PORTABLE_UP_TO and k % 8 == 0:
+        return slices.repeated(B, absmax, nested, blocksize, quant_type, (n, k), A.dtype, bias, across=False)
+    return None
+
+
+def _in_place(B: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None = None) -> bool:
+    """Whether kernels read these very tensors: none of them is copied, cast or aligned first."""
+    tensors = [tensor for tensor in (B, absmax, *nested, bias) if tensor is not None]
+    offset_fits = nested[2] is None or nested[2].dtype == torch.float32
+    return offset_fits and all(tensor.is_contiguous() for tensor in tensors) and aligned(*tensors)
 
 
 @implements("triton", "gemm_4bit", prepare=_prepare)
@@ -213,7 +223,29 @@ def make_backward_plan(
     return DecodedPlan(m, n, k, blocksize, quant_type, tile, across=True, nested=nested, bias=False)
 
 
-@implements("triton", "gemm_4bit_dgrad")
+def _prepare_dgrad(
+    grad: Tensor,
+    B: Tensor,
+    shapeB: Sequence[int],
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Callable[[Tensor], Tensor | None] | None:
+    """The product with contiguous gradients of ``grad``'s shape, dtype and device, as :func:`_prepare`."""
+    n, k = shapeB
+    if not grad.numel() or not k or n % 8:
+        return None
+    nested = (absmax_8bit, absmax_code, absmax_offset)
+    key = (grad.numel() // n, n, k, blocksize, quant_type, grad.dtype, grad.device.index, absmax_8bit is None)
+    if _backward_plans.get(key, _UNPLANNED) is not None or not _in_place(B, absmax, nested):
+        return None
+    return slices.repeated(B, absmax, nested, blocksize, quant_type, (n, k), grad.dtype, across=True)
+
+
+@implements("triton", "gemm_4bit_dgrad", prepare=_prepare_dgrad)
 def gemm_4bit_dgrad(
     grad: Tensor,
     B: Tensor,

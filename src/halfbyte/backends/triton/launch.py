@@ -154,6 +154,13 @@ class Launcher:
             grid[0], grid[1], grid[2], stream, self._function, self._metadata, None, None, None, *args, *self._constants
         )
 
+    def opened(self) -> tuple[Any, tuple[Any, ...]]:
+        """What starts the kernel, which is compiled, and what it takes between stream and arguments.
+
+        It takes the kernel's constants as well, after its arguments.
+        """
+        return _starter(self._run, self._function, self._metadata)
+
     def repeated(
         self,
         grid: tuple[int, int, int],
@@ -197,3 +204,31 @@ class Launcher:
             return out
 
         return call
+
+    def bound(
+        self,
+        grid: tuple[int, int, int],
+        index: int,
+        before: tuple[Tensor | None, ...] = (),
+        numbers: tuple[int, ...] = (),
+    ) -> Callable[..., None] | None:
+        """A function of the addresses that change from call to call; None before :meth:`ordinary` ran.
+
+        Args:
+            grid: Programs.
+            index: Of the device, which is current when the result is called; launches go to its current stream.
+            before: What the kernel takes before those addresses.
+            numbers: What it takes after them.
+        """
+        if self._run is None:
+            return None
+        stream = torch._C._cuda_getCurrentRawStream  # pyright: ignore[reportPrivateUsage]
+        run, fixed = _starter(self._run, self._function, self._metadata)
+        first = (*fixed, *(None if tensor is None else tensor.data_ptr() for tensor in before))
+        last = (*numbers, *self._constants)
+        x_grid, y_grid, z_grid = grid
+
+        def launch(*addresses: int | None) -> None:
+            run(x_grid, y_grid, z_grid, stream(index), *first, *addresses, *last)
+
+        return launch

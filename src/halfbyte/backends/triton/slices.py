@@ -12,14 +12,17 @@ fill the multiprocessors less evenly, which costs more than the memory traffic t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from halfbyte.backends.triton.dequantize import Nested, dequantize_into
+from halfbyte.backends.triton.dequantize import Nested, dequantize_into, whole_filling
 from halfbyte.backends.triton.device import pairs_of
+from halfbyte.backends.triton.launch import on_its_device
 
-__all__ = ["backward", "forward", "slice_rows"]
+__all__ = ["backward", "forward", "repeated", "slice_rows"]
 
 TILE = 128
 """Edge of a matmul tile: slices are whole tiles."""
@@ -89,3 +92,48 @@ def backward(
         else:
             dequantize_into(weight, packed, absmax, nested, blocksize, pairs, rows=n, cols=k, first=start, end=n * k)
         torch.mm(grad, weight, out=out[:, start:stop])
+
+
+def repeated(
+    packed: Tensor,
+    absmax: Tensor,
+    nested: Nested,
+    blocksize: int,
+    quant_type: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    *,
+    across: bool,
+) -> Callable[[Tensor], Tensor] | None:
+    """The product of contiguous activations with these tensors as they lie; None where a weight takes several slices.
+
+    Two launches and two tensors of torch's: in a training step the host's work for each of them counts.
+
+    Args:
+        packed: Contiguous, aligned, like the scales and the bias.
+        absmax: As ops take it.
+        nested: As ops take them, readable.
+        blocksize: Values per block.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        shape: (N, K) of the weight.
+        dtype: Of the activations.
+        bias: ``(N,)``.
+        across: ``grad @ weight`` instead of ``x @ weight.T + bias``.
+    """
+    n, k = shape
+    fill = whole_filling(packed, absmax, nested, blocksize, quant_type, n * k, dtype)
+    if fill is None or n * k * dtype.itemsize > SLICE_BYTES:
+        return None
+
+    def forward(x: Tensor) -> Tensor:
+        weight = x.new_empty(shape)
+        fill(weight.data_ptr())
+        return F.linear(x, weight, bias)
+
+    def backward(grad: Tensor) -> Tensor:
+        weight = grad.new_empty(shape)
+        fill(weight.data_ptr())
+        return torch.matmul(grad, weight)
+
+    return on_its_device(backward if across else forward, packed.device.index)

@@ -1,0 +1,87 @@
+"""LoRA of peft on 4-bit layers: the plain case, which nearly everyone trains, in one step instead of seven.
+
+Importing this module changes nothing; ``libraries.watch`` calls ``extend`` when peft's layers are loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from halfbyte.autograd import low_rank_matmul_4bit
+from halfbyte.backends import registry
+from halfbyte.nn import Linear4bit
+
+__all__ = ["extend"]
+
+_any_global_hook: Callable[[], object] = torch.nn.modules.module._has_any_global_hook  # pyright: ignore[reportPrivateUsage]
+
+
+def extend() -> None:
+    """Let peft's 4-bit LoRA layer ask first whether its product and the adapter's can be one step."""
+    layer: Any = getattr(sys.modules.get("peft.tuners.lora.bnb"), "Linear4bit", None)  # not without bitsandbytes
+    if layer is not None and not hasattr(layer.forward, "__wrapped__"):
+        layer.forward = _extended(layer.forward)
+
+
+def _extended(ordinary: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(ordinary)
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs and not torch.compiler.is_compiling():
+            result = _one_step(self, x)
+            if result is not None:
+                return result
+        return ordinary(self, x, *args, **kwargs)
+
+    return forward
+
+
+def _one_step(layer: Any, x: Tensor) -> Tensor | None:
+    """The layer's result; None wherever anything but one plain adapter beside a frozen 4-bit layer is asked for.
+
+    What decides must not differ between a forward pass and its repetition in the backward pass.
+    """
+    if layer.disable_adapters or layer.merged or type(x) is not Tensor or registry.transformed() or _any_global_hook():
+        return None
+    modules = layer._modules
+    active, downs = layer.active_adapters, modules["lora_A"]._modules
+    if len(active) != 1 or active[0] not in downs or active[0] in layer.lora_variant:
+        return None
+    name = active[0]
+    base, down, up = modules["base_layer"], downs[name], modules["lora_B"]._modules[name]
+    if not (_is_plain(base, Linear4bit) and _is_plain(down, torch.nn.Linear) and _is_plain(up, torch.nn.Linear)):
+        return None
+    if down.bias is not None or up.bias is not None or (base.bias is not None and base.bias.requires_grad):
+        return None
+    if not _fits(x, base, down.weight, up.weight):
+        return None
+    dropout = modules["lora_dropout"]._modules[name]
+    drops = type(dropout) is not torch.nn.Identity and (layer.training or type(dropout) is not torch.nn.Dropout)
+    return low_rank_matmul_4bit(x, base, down.weight, up.weight, layer.scaling[name], dropout(x) if drops else None)
+
+
+def _is_plain(module: Any, kind: type[torch.nn.Module]) -> bool:
+    """Whether calling the module runs its class's own forward and nothing else."""
+    if type(module).forward is not kind.forward or "forward" in vars(module):
+        return False
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _fits(x: Tensor, base: Linear4bit, down: Any, up: Any) -> bool:
+    """Whether peft would compute in x's dtype from first to last, on parameters that are whole."""
+    parameter = torch.nn.Parameter
+    if type(down) is not parameter or type(up) is not parameter or down.dtype is not up.dtype or x.dim() < 2:
+        return False
+    if getattr(base.weight, "quant_state", None) is None or base.compute_dtype_for(x) is not x.dtype:
+        return False
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind) is x.dtype
+    return down.dtype is x.dtype
