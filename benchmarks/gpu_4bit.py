@@ -15,6 +15,7 @@ import multiprocessing
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +86,41 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return second, codes, code, offset
 
 
-def checked(result: Tensor, x: Tensor, weight: Tensor) -> float:
-    """Relative error against float64.
+def error_of(result: Tensor, exact: Tensor) -> float:
+    """Relative error of a product against float64.
 
     Raises:
         SystemExit: Larger than a 16-bit product may have.
     """
-    rows = slice(0, 512)
-    exact = F.linear(x[:16].double(), weight[rows].double())
-    error = ((result[:16, rows].double() - exact).norm() / exact.norm()).item()
+    error = ((result.double() - exact).norm() / exact.norm()).item()
     if not error < 5e-3:
-        raise SystemExit(f"wrong result, nothing is timed: relative error {error} for {tuple(x.shape)}")
+        raise SystemExit(f"wrong result, nothing is timed: relative error {error} for {tuple(result.shape)}")
     return error
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A dequantized weight: rounded to bf16, and about 512 of its rows and of its columns in float64."""
+
+    rounded: Tensor
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, n: int, k: int, packed: Tensor, absmax: Tensor, *nested: Tensor) -> Exact:
+        """Of packed codes, every weight before its rounding to 16 bits."""
+        weight = ops.dequantize_4bit(packed, absmax, 64, "nf4", [n, k], torch.float32, *nested)
+        return cls(
+            weight.to(torch.bfloat16), weight[:: max(1, n // 512)].double(), weight[:, :: max(1, k // 512)].double()
+        )
+
+    def forward(self, x: Tensor, result: Tensor) -> float:
+        """Error of ``result = x @ weight.T``."""
+        return error_of(result[:, :: max(1, result.shape[1] // 512)], x.double() @ self.rows.T)
+
+    def backward(self, grad: Tensor, result: Tensor) -> float:
+        """Error of ``result = grad @ weight``."""
+        return error_of(result[:, :: max(1, result.shape[1] // 512)], grad.double() @ self.columns)
 
 
 def compile_ahead(worker: int, workers: int) -> None:
@@ -124,7 +148,7 @@ def products(n: int, k: int, deadline: float) -> list[dict[str, Any]]:
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(2)]
     packed = [ops.quantize_4bit(weights[i % 2], 64, "nf4", torch.uint8) for i in range(copies)]
     nested = [(codes, *nest(absmax)) for codes, absmax in packed]
-    exact = ops.dequantize_4bit(*packed[0], 64, "nf4", [n, k], torch.bfloat16)
+    exact = Exact.of(n, k, *packed[0])
     peer = _peer(packed, n, k)
     rows: list[dict[str, Any]] = []
     for m in BATCHES:
@@ -135,21 +159,27 @@ def products(n: int, k: int, deadline: float) -> list[dict[str, Any]]:
         floor = round((n * k / 2 + n * k / 16) / BANDWIDTH, 2)
         row = {"n": n, "k": k, "m": m, "floor": floor, **_point(n, k, x, packed, nested, weights, peer, exact)}
         row["torch_int4"] = _int4(n, k, x, copies) if m <= 64 else ""
-        row |= _backward(n, k, m, packed, weights) if m in BACKWARD_BATCHES else {"backward": "", "backward_bf16": ""}
+        row |= dict.fromkeys(("backward", "backward_bf16", "backward_error", "backward_error_bf16"), "")
+        if m in BACKWARD_BATCHES:
+            row |= _backward(n, k, m, packed, weights, exact)
         rows.append(row)
         print(" ".join(f"{key}={value}" for key, value in row.items() if value != ""), flush=True)
     return rows
 
 
 def _point(
-    n: int, k: int, x: Tensor, packed: list[Any], nested: list[Any], weights: list[Tensor], peer: Any, exact: Tensor
+    n: int, k: int, x: Tensor, packed: list[Any], nested: list[Any], weights: list[Tensor], peer: Any, exact: Exact
 ) -> dict[str, Any]:
-    """Error and times of one batch."""
+    """Errors, ours and that of F.linear with the dequantized weight in bf16, and times of one batch."""
     if x.shape[0] not in NESTED_BATCHES:
         nested = []
     for codes, second, *rest in nested[:1]:
-        checked(ops.gemm_4bit(x, codes, [n, k], second, 64, "nf4", None, *rest), x, exact)
-    row: dict[str, Any] = {"error": checked(ops.gemm_4bit(x, packed[0][0], [n, k], packed[0][1], 64, "nf4"), x, exact)}
+        # Nested scales are other scales, and make another weight.
+        Exact.of(n, k, codes, second, *rest).forward(x, ops.gemm_4bit(x, codes, [n, k], second, 64, "nf4", None, *rest))
+    row: dict[str, Any] = {
+        "error": exact.forward(x, ops.gemm_4bit(x, packed[0][0], [n, k], packed[0][1], 64, "nf4")),
+        "error_bf16": exact.forward(x, F.linear(x, exact.rounded)),
+    }
     calls: dict[str, list[Callable[[], Any]]] = {
         "ours": [lambda p=p, a=a: ops.gemm_4bit(x, p, [n, k], a, 64, "nf4") for p, a in packed],
         "ours_nested": [
@@ -163,12 +193,16 @@ def _point(
     return row
 
 
-def _backward(n: int, k: int, m: int, packed: list[Any], weights: list[Tensor]) -> dict[str, Any]:
+def _backward(n: int, k: int, m: int, packed: list[Any], weights: list[Tensor], exact: Exact) -> dict[str, Any]:
     grad = torch.randn(m, n, device="cuda", dtype=torch.bfloat16)
     ours = graph_time([lambda p=p, a=a: ops.gemm_4bit_dgrad(grad, p, [n, k], a, 64, "nf4") for p, a in packed])
     return {
         "backward": round(ours, 2),
         "backward_bf16": round(graph_time([lambda w=w: grad @ w for w in weights]), 2),
+        "backward_error": exact.backward(
+            grad, ops.gemm_4bit_dgrad(grad, packed[0][0], [n, k], packed[0][1], 64, "nf4")
+        ),
+        "backward_error_bf16": exact.backward(grad, grad @ exact.rounded),
     }
 
 
