@@ -3,15 +3,15 @@
 Run: ``python benchmarks/gpu_model.py [--out FOLDER] [--layers 32] [--only halfbyte,bitsandbytes,bf16]``. Nothing is
 downloaded. All models stand side by side; per way: seconds to make and quantize all weights, layer by layer; memory;
 tokens per second at batch 1, 8 and 32, 64 tokens of context, of one decoding step replayed as a CUDA graph ("graph"),
-of the same with transformers' norms and rotary embedding compiled ("fused"), and of ``generate`` ("generate", eager);
-milliseconds for a prompt of 2048 tokens. Every figure is printed when it is there.
+of the same step through ``torch.compile`` ("compiled"), and of ``generate`` ("generate", eager); milliseconds for a
+prompt of 2048 tokens. Every figure is printed when it is there. Kernel times of a step and of the prompt, by class, go
+to ``gpu_model_profile.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import gc
 import importlib
 import importlib.util
@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import write_csv
+from benchmarks.gpu_profile import kernel_times
 
 BATCHES = (1, 8, 32)
 WAYS = ("halfbyte", "bitsandbytes", "bf16")
@@ -37,7 +38,7 @@ COLUMNS = (
     "memory_gb",
     "peak_gb",
     *(f"graph_{batch}" for batch in BATCHES),
-    *(f"fused_{batch}" for batch in BATCHES),
+    *(f"compiled_{batch}" for batch in BATCHES),
     *(f"generate_{batch}" for batch in BATCHES),
     "prompt_2048_ms",
 )
@@ -118,57 +119,44 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def graphed(model: Any, batch: int, around: Callable[[], Any] = contextlib.nullcontext) -> float:
-    """Tokens per second of one decoding step, made within ``around()``, replayed as a CUDA graph."""
-    from transformers import StaticCache
+class Step:
+    """One decoding step as a CUDA graph, each replay one token further."""
 
-    cache = StaticCache(config=model.config, max_cache_len=ROOM)
-    prompt = torch.randint(0, 1000, (batch, CONTEXT), device="cuda")
-    model(prompt, past_key_values=cache, cache_position=torch.arange(CONTEXT, device="cuda"), logits_to_keep=1)
-    token = torch.randint(0, 1000, (batch, 1), device="cuda")
-    place = torch.tensor([CONTEXT], device="cuda")
+    def __init__(self, model: Any, batch: int, *, compiled: bool) -> None:
+        from transformers import StaticCache
 
-    def step() -> Any:
-        return model(token, past_key_values=cache, cache_position=place, position_ids=place[None]).logits
+        cache = StaticCache(config=model.config, max_cache_len=ROOM)
+        prompt = torch.randint(0, 1000, (batch, CONTEXT), device="cuda")
+        model(prompt, past_key_values=cache, cache_position=torch.arange(CONTEXT, device="cuda"), logits_to_keep=1)
+        token = torch.randint(0, 1000, (batch, 1), device="cuda")
+        place = torch.tensor([CONTEXT], device="cuda")
+        if compiled:
+            torch.compiler.reset()  # its limit of versions counts all models and batches together
+        run = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    with around():
+        def step() -> Any:
+            return run(token, past_key_values=cache, cache_position=place, position_ids=place[None]).logits
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream):
             step()
             step()
         torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
-            step()
-    graph.replay()
-    taken = sorted(seconds(graph.replay) for _ in range(30))
-    return batch / taken[len(taken) // 2]
+            self.logits = step()
+        graph.replay()
+        self._kept = graph, cache, token, place, run
 
+    def replay(self) -> None:
+        """One more token."""
+        self._kept[0].replay()
 
-@functools.lru_cache(maxsize=2)
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` compiled for each shape it meets."""
-    return torch.compile(function, dynamic=False)
-
-
-@contextlib.contextmanager
-def fused() -> Iterator[None]:
-    """transformers' norms and rotary embedding as one compiled kernel each, for every way alike."""
-    from transformers.models.llama import modeling_llama
-
-    norm, rotary = modeling_llama.LlamaRMSNorm.forward, modeling_llama.apply_rotary_pos_emb
-    modeling_llama.LlamaRMSNorm.forward = compiled(norm)
-    modeling_llama.apply_rotary_pos_emb = compiled(rotary)
-    try:
-        yield
-    finally:
-        modeling_llama.LlamaRMSNorm.forward, modeling_llama.apply_rotary_pos_emb = norm, rotary
-
-
-def fused_graph(model: Any, batch: int) -> float:
-    """:func:`graphed` with :func:`fused`."""
-    return graphed(model, batch, fused)
+    def microseconds(self) -> float:
+        """Median time of a replay."""
+        taken = sorted(seconds(self.replay) for _ in range(30))
+        return taken[len(taken) // 2] * 1e6
 
 
 def generated(model: Any, batch: int, new_tokens: int) -> float:
@@ -184,11 +172,10 @@ def generated(model: Any, batch: int, new_tokens: int) -> float:
     return batch * (new_tokens - 2) / (long - short)
 
 
-def prompt_ms(model: Any) -> float:
-    """Milliseconds for 2048 tokens."""
-    prompt = torch.randint(0, 1000, (1, 2048), device="cuda")
-    model(prompt, logits_to_keep=1)
-    return min(seconds(lambda: model(prompt, logits_to_keep=1)) for _ in range(3)) * 1e3
+def prompt_us(call: Callable[[], Any]) -> float:
+    """Microseconds for a prompt, after a first one."""
+    call()
+    return min(seconds(call) for _ in range(3)) * 1e6
 
 
 @contextlib.contextmanager
@@ -207,10 +194,11 @@ def turn(lock: Path | None) -> Iterator[None]:
 class Way:
     """One model with the row of its figures."""
 
-    def __init__(self, name: str, config: Any, *, nested: bool, keep: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, name: str, config: Any, *, nested: bool, keep: Callable[[str, dict[str, Any]], None]) -> None:
         self.name = name
         self.row: dict[str, Any] = {**dict.fromkeys(COLUMNS, ""), "way": name, "nested": nested and name != "bf16"}
         self._keep = keep
+        self._profiled: list[tuple[str, float, Callable[[], Any]]] = []
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         made: list[Any] = []
@@ -225,9 +213,42 @@ class Way:
         """Print and keep one figure."""
         self.row[name] = round(value, 3) if isinstance(value, float) else value
         say(self.name, name, self.row[name])
-        self._keep(self.row)
+        self._keep("gpu_model.csv", self.row)
 
-    def measure(self, name: str, job: Callable[[Any], float]) -> None:
+    def profile(self) -> None:
+        """Print and keep kernel times. After all that is timed: a profiler, once used, slows launches down."""
+        for job, wall, call in self._profiled:
+            with torch.no_grad():
+                times, words = kernel_times(call)
+            busy = sum(value for key, value in times.items() if key.endswith("_us"))
+            rest = {"wall_us": round(wall, 1), "between_us": round(wall - busy, 1)}
+            row = {"way": self.name, "job": job, **rest, **times}
+            say(" ".join(f"{key}={value}" for key, value in row.items()))
+            for line in words:
+                say("   ", line)
+            self._keep("gpu_model_profile.csv", row)
+
+    def step(self, name: str, batch: int, *, compiled: bool, profile: bool) -> float:
+        """Tokens per second of a step."""
+        step = Step(self.model, batch, compiled=compiled)
+        taken = step.microseconds()
+        if profile:
+            self._profiled.append((name, taken, step.replay))
+        return batch * 1e6 / taken
+
+    def prompt(self, name: str, *, profile: bool) -> float:
+        """Milliseconds for 2048 tokens."""
+        tokens = torch.randint(0, 1000, (1, 2048), device="cuda")
+
+        def call() -> Any:
+            return self.model(tokens, logits_to_keep=1)
+
+        taken = prompt_us(call)
+        if profile:
+            self._profiled.append((name, taken, call))
+        return taken / 1e3
+
+    def measure(self, name: str, job: Callable[[Way], float]) -> None:
         """One figure, and the peak of memory on the way there."""
         gc.collect()
         torch.cuda.empty_cache()
@@ -235,7 +256,7 @@ class Way:
         others = torch.cuda.memory_allocated() - self.memory
         try:
             with torch.no_grad():
-                found = job(self.model)
+                found = job(self)
             if name.startswith("generate") and self.row[name]:  # host time: the quieter of two rounds
                 found = max(found, float(self.row[name]))
             self.note(name, found)
@@ -247,6 +268,22 @@ class Way:
             self.note("peak_gb", max(peak, float(self.row["peak_gb"] or 0)))
 
 
+def jobs(compiled: list[int], new_tokens: int) -> list[tuple[str, Callable[[Way], float]]]:
+    """All figures in the order in which they are taken."""
+    one = BATCHES[0]
+    found: list[tuple[str, Callable[[Way], float]]] = [
+        (f"graph_{b}", lambda way, b=b: way.step(f"graph_{b}", b, compiled=False, profile=b == one)) for b in BATCHES
+    ]
+    found += [("prompt_2048_ms", lambda way: way.prompt("prompt_2048", profile=True))]
+    eager = [(f"generate_{b}", lambda way, b=b: generated(way.model, b, new_tokens)) for b in BATCHES]
+    found += eager[:1]
+    found += [
+        (f"compiled_{b}", lambda way, b=b: way.step(f"compiled_{b}", b, compiled=True, profile=b == one))
+        for b in compiled
+    ]
+    return found + eager
+
+
 def main() -> None:
     """Measure all ways, write ``gpu_model.csv``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -254,17 +291,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=14)
     parser.add_argument("--only", default=",".join(WAYS))
+    parser.add_argument("--compiled", type=int, nargs="*", default=[1], help="batches whose step is compiled, too")
     parser.add_argument("--plain", action="store_true", help="scales not quantized again (transformers' default)")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no further figure after this long")
     parser.add_argument("--lock", type=Path, help="held while measuring: benchmarks with the same file take turns")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    rows: dict[str, dict[str, Any]] = {}
+    tables: dict[str, dict[tuple[Any, Any], dict[str, Any]]] = {}
     device = {"device": torch.cuda.get_device_name(), "layers": arguments.layers}
 
-    def keep(row: dict[str, Any]) -> None:
-        rows[row["way"]] = {**row, **device}
-        write_csv("gpu_model.csv", rows.values(), arguments.out)
+    def keep(name: str, row: dict[str, Any]) -> None:
+        table = tables.setdefault(name, {})
+        table[row["way"], row.get("job")] = {**row, **device}
+        write_csv(name, table.values(), arguments.out)
 
     ways: list[Way] = []
     for name in arguments.only.split(","):
@@ -273,19 +312,16 @@ def main() -> None:
             continue
         with turn(arguments.lock):
             ways.append(Way(name, shape(arguments.layers), nested=not arguments.plain, keep=keep))
-    jobs: list[tuple[str, Callable[[Any], float]]] = []
-    jobs += [(f"graph_{b}", lambda model, b=b: graphed(model, b)) for b in BATCHES]
-    eager = [(f"generate_{b}", lambda model, b=b: generated(model, b, arguments.new_tokens)) for b in BATCHES]
-    jobs += [("prompt_2048_ms", prompt_ms), *eager]
-    jobs += [(f"fused_{b}", lambda model, b=b: fused_graph(model, b)) for b in BATCHES]
-    jobs += eager
-    for name, job in jobs:
+    for name, job in jobs(arguments.compiled, arguments.new_tokens):
         for way in ways:
             if time.perf_counter() - BEGIN > arguments.seconds:
                 say(way.name, "left out for want of time:", name)
                 continue
             with turn(arguments.lock):
                 way.measure(name, job)
+    for way in ways:
+        with turn(arguments.lock):
+            way.profile()
 
 
 if __name__ == "__main__":

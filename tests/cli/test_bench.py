@@ -47,10 +47,11 @@ def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str], monkey
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose GPU measures at once."""
 
-    def tune(shapes, workers, expect, tick):
+    def tune(shapes, batches, workers, expect, tick):
         expect(1)
-        tick(f"{shapes}")
-        return {"arch": "sm_00", "device": "A GPU", "tiles": [{"batch": 1}], "fused": []}
+        tick(f"{workers} workers")
+        tiles = [{"batch": m, "n": n, "k": k, "tile": {}} for n, k in shapes or [(8, 8)] for m in batches or [1]]
+        return {"arch": "sm_00", "device": "A GPU", "tiles": tiles, "fused": []}
 
     monkeypatch.setattr(gpu_support, "why_not", lambda: None)
     monkeypatch.setattr(registry, "tune", tune)
@@ -82,3 +83,27 @@ def test_help_and_a_wrong_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--help"]) == 0
     assert "tune" in capsys.readouterr().out
     assert cli.main(["bench", "--no-such-option"]) == 2
+
+
+@pytest.mark.usefixtures("measured")
+def test_tuning_other_rows_keeps_what_was_measured_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tiles.json"
+    for rows in ("1", "8", "8"):
+        assert cli.main(["bench", "tune", "--out", str(out), "--shape", "64x128", "--rows", rows]) == 0
+        assert "1 tiles measured" in capsys.readouterr().out
+    assert [tile["batch"] for tile in json.loads(out.read_text())["tiles"]] == [8, 1]
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("before", ["", "[]", '{"device": "Another", "tiles": [{}], "fused": []}'])
+def test_tuning_replaces_a_file_that_is_damaged_or_of_another_gpu(before: str, tmp_path: Path) -> None:
+    out = tmp_path / "tiles.json"
+    out.write_text(before)
+    assert cli.main(["bench", "tune", "--out", str(out)]) == 0
+    assert json.loads(out.read_text())["tiles"] == [{"batch": 1, "n": 8, "k": 8, "tile": {}}]
+
+
+@pytest.mark.parametrize("rows", ["0", "-1", "many"])
+def test_rows_that_are_no_number_are_refused(rows: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "tune", f"--rows={rows}"]) == 2
+    assert "expected a number of rows" in capsys.readouterr().err

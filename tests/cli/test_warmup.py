@@ -8,7 +8,7 @@ import torch
 
 from halfbyte.backends.cpu import ahead
 from halfbyte.cli import main as cli
-from halfbyte.cli.warmup import _dtype_of, shapes_of
+from halfbyte.cli.warmup import _dtype_of, experts_of, shapes_of
 from halfbyte.errors import ArgumentError
 from tests.support.python import python, python_code
 
@@ -75,3 +75,36 @@ def test_help_and_a_wrong_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["warmup", "--help"]) == 0
     assert cli.main(["warmup", "--no-such-option"]) == 2
     capsys.readouterr()
+
+
+QWEN3_MOE = {
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+}
+
+
+def test_experts_are_those_of_the_configuration_in_every_librarys_words() -> None:
+    stacks = [(128, 8, 1536, 2048, False), (128, 8, 2048, 768, False)]
+    assert experts_of(QWEN3_MOE) == experts_of({"text_config": QWEN3_MOE}) == stacks
+    deepseek = {**QWEN3_MOE, "n_routed_experts": 64}
+    del deepseek["num_experts"]
+    assert [stack[0] for stack in experts_of(deepseek)] == [64, 64]
+    gpt_oss = {"model_type": "gpt_oss", "hidden_size": 64, "intermediate_size": 64, "num_local_experts": 4}
+    assert experts_of({**gpt_oss, "num_experts_per_tok": 1})[0] == (4, 1, 128, 64, True)
+
+
+def test_a_model_without_experts_has_none() -> None:
+    assert experts_of({"hidden_size": 64, "intermediate_size": 128}) == []
+    assert experts_of({**QWEN3_MOE, "num_experts": None}) == []
+
+
+def test_dense_layers_beside_experts_are_compiled_for_only_where_there_are_some() -> None:
+    assert (6144, 2048) not in shapes_of(QWEN3_MOE)
+    assert (6144, 2048) in shapes_of({**QWEN3_MOE, "first_k_dense_replace": 3})
+    assert (6144, 2048) in shapes_of({**QWEN3_MOE, "mlp_only_layers": [0]})

@@ -40,9 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     tune = commands.add_parser(
         "tune",
         help="measure the tiles of the GPU kernels and keep the best for this architecture",
-        description="Measure every tile of the fused GPU kernels. Takes minutes; later processes use the result.",
+        description="Measure every tile of the fused GPU kernels. Later processes use the result; what was measured "
+        "before for other shapes and rows stays. All of it takes tens of minutes, a shape with --rows 1 half a minute.",
     )
     tune.add_argument("--shape", type=_shape, action="append", dest="shapes", help="OUTxIN of a weight; repeatable")
+    tune.add_argument("--rows", type=_count, action="append", help="of activations; repeatable (default: 1 to 2048)")
     tune.add_argument("--out", type=Path, help="file to write (default: in halfbyte's cache, where it is found again)")
     tune.add_argument("--workers", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 1)), help="that compile")
     return parser
@@ -53,6 +55,12 @@ def _shape(text: str) -> tuple[int, int]:
     if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
         raise argparse.ArgumentTypeError(f"{text!r}; expected OUTxIN, as 4096x4096")
     return int(rows), int(columns)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of rows")
+    return int(text)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -195,15 +203,30 @@ def _tune(options: argparse.Namespace) -> int:
         raise UnsupportedError(f"nothing to tune: {reason}", expected="a GPU", hint="run: halfbyte doctor")
     expect, tick, bar = _progress()
     with bar:
-        document = registry.tune(options.shapes, max(1, options.workers), expect, tick)
+        document = registry.tune(options.shapes, options.rows, max(1, options.workers), expect, tick)
     path: Path = options.out or _env.cache_dir() / "tuning" / f"{document['arch']}.json"
+    count = len(document["tiles"])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _add_others(document, path)
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ArgumentError(f"cannot write {path}: {error}", expected="a writable file", hint="--out FILE") from None
-    print(f"{len(document['tiles'])} tiles measured on {document['device']}, written to {path}")
+    print(f"{count} tiles measured on {document['device']}, written to {path}")
     return 0
+
+
+def _add_others(document: dict[str, Any], path: Path) -> None:
+    """Add what the file at ``path`` holds of the same GPU and the document does not: other shapes, other rows."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["device"] != document["device"]:
+            return
+        for key, names in (("tiles", ("batch", "n", "k")), ("fused", ("n", "k"))):
+            known = {tuple(entry[name] for name in names) for entry in document[key]}
+            document[key] += [entry for entry in before[key] if tuple(entry[name] for name in names) not in known]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return  # none, or damaged: it is replaced
 
 
 def _progress() -> tuple[Callable[[int], None], Callable[[str], None], AbstractContextManager[Any]]:

@@ -10,7 +10,10 @@ from typing import Any
 
 from halfbyte.errors import ArgumentError
 
-__all__ = ["main", "shapes_of"]
+__all__ = ["experts_of", "main", "shapes_of"]
+
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What configurations call the number of experts of a layer."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -43,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
     from halfbyte.backends import registry
 
-    registry.warmup(print, [getattr(torch, name) for name in names], shapes_of(config or {}))
+    registry.warmup(print, [getattr(torch, name) for name in names], shapes_of(config or {}), experts_of(config or {}))
     return 0
 
 
@@ -89,6 +92,26 @@ def shapes_of(config: Mapping[str, Any]) -> list[tuple[int, int]]:
     head = text.get("head_dim") or hidden // heads
     query, key = heads * head, (text.get("num_key_value_heads") or heads) * head
     found = {(query, hidden), (key, hidden), (hidden, query)}
-    if isinstance(text.get("intermediate_size"), int):
+    dense = not experts_of(config) or text.get("first_k_dense_replace") or text.get("mlp_only_layers")
+    if dense and isinstance(text.get("intermediate_size"), int):
         found |= {(text["intermediate_size"], hidden), (hidden, text["intermediate_size"])}
     return sorted(found)
+
+
+def experts_of(config: Mapping[str, Any]) -> list[tuple[int, int, int, int, bool]]:
+    """Stacked weights of a mixture of experts: experts, chosen of them, out_features, in_features, whether with bias.
+
+    >>> experts_of({"hidden_size": 64, "intermediate_size": 96, "num_local_experts": 8, "num_experts_per_tok": 2})
+    [(8, 2, 192, 64, False), (8, 2, 64, 96, False)]
+    """
+    text = config.get("text_config") or config
+
+    def first(*names: str) -> int:
+        return next((text[name] for name in names if isinstance(text.get(name), int)), 0)
+
+    count, chosen, hidden = first(*EXPERT_COUNTS), first("num_experts_per_tok"), first("hidden_size")
+    width = first("moe_intermediate_size", "intermediate_size")
+    if count < 2 or not (chosen and hidden and width):
+        return []
+    bias = text.get("model_type") == "gpt_oss"
+    return [(count, chosen, 2 * width, hidden, bias), (count, chosen, hidden, width, bias)]

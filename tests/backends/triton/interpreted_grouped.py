@@ -12,7 +12,11 @@ import triton
 
 from halfbyte.backends.reference import grouped as reference
 from halfbyte.backends.triton.grouped import tile_bound
-from halfbyte.backends.triton.kernels.grouped import _gemm_4bit_grouped_portable_kernel, _group_rows_kernel
+from halfbyte.backends.triton.kernels.grouped import (
+    _gemm_4bit_grouped_portable_kernel,
+    _group_rows_kernel,
+    _place_rows_kernel,
+)
 from halfbyte.formats.codebook import codebook
 from halfbyte.functional import kernel_scales, quantize_4bit
 
@@ -53,5 +57,25 @@ for count, n, k, blocksize in ((3, 20, 32, 64), (4, 33, 64, 32), (2, 16, 48, 64)
                 wrong["product"].append(
                     f"{count} {n} {k} {blocksize} {transposed} {nested} {(out - exact).abs().max()}"
                 )
+
+for count, width, n, first in ((3, 20, 20, 0), (4, 17, 60, 40)):
+    for with_bias in (False, True):
+        order, ends = reference.group_rows(torch.randint(0, count + 1, (7, 2)), count)
+        part = torch.randn(14, width)
+        part[ends[-1] :] = torch.nan  # as torch's product leaves rows without an expert
+        bias = torch.randn(count, n) if with_bias else None
+        out, exact = torch.full((14, n), 9.0), torch.full((14, n), 9.0)
+        for place, row in enumerate(order.tolist()):
+            expert = int((ends <= place).sum())
+            values = part[place] if expert < count else torch.zeros(width)
+            if bias is not None and expert < count:
+                values = values + bias[expert, first : first + width]
+            exact[row, first : first + width] = values
+        _place_rows_kernel[(14, -(-width // 16))](
+            part, order, ends, bias, out, count, width, width, n, first, 4, 16, with_bias
+        )
+        wrong["place"]
+        if not torch.equal(out, exact):
+            wrong["place"].append(f"{count} {width} {n} {first} {with_bias}")
 
 print(json.dumps(wrong))

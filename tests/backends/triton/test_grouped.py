@@ -40,7 +40,7 @@ def verdicts() -> dict[str, list[str]]:
     return json.loads(child.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("case", ["group", "product"])
+@pytest.mark.parametrize("case", ["group", "product", "place"])
 def test_the_interpreted_kernel_agrees_with_the_reference(case: str, verdicts: dict[str, list[str]]) -> None:
     assert verdicts[case] == []
 

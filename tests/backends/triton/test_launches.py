@@ -33,7 +33,7 @@ from halfbyte.backends.triton import (
 from halfbyte.backends.triton.grouped_tiles import tile_for
 from halfbyte.backends.triton.tuning import FUSED_BATCHES
 from halfbyte.formats.dynamic import dynamic_map
-from halfbyte.formats.int8 import STEP, STEP_SQUARED
+from halfbyte.formats.int8 import STEP
 from halfbyte.rules import FIELDS, rule_named, rule_names
 
 DTYPES = {
@@ -135,7 +135,8 @@ def test_what_warmup_launches_fits_its_kernels(
     assert said[0].startswith("triton: kernels for 2 kinds of weights")
     routes = {"_gemm_4bit_small_batch_kernel", "_gemm_4bit_warpgroup_kernel", "_gemm_4bit_decoded_kernel"}
     expected = {"_gemm_4bit_portable_kernel"} if dtype == torch.float32 else {*routes, "_sum_partial_kernel"}
-    assert {name for name, _ in launches} == {*expected, "_quantize_4bit_kernel", "_dequantize_4bit_kernel"}
+    expected |= {"_quantize_4bit_kernel", "_dequantize_4bit_kernel", "_cells_8bit_kernel", "_quantize_blockwise_kernel"}
+    assert {name for name, _ in launches} == expected
     for name, given in launches:
         if name.startswith("_gemm_4bit"):
             assert given["N"] == 4096
@@ -143,6 +144,16 @@ def test_what_warmup_launches_fits_its_kernels(
             assert given["BIAS"] is False
         if name == "_gemm_4bit_decoded_kernel":
             assert (given["M"], given["K"], given["BLOCK"], given["row_blocks"]) == (256, 4096, 64, 64)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_warmup_launches_the_experts_kernel_for_few_and_many_tokens(bias: bool, launches: Launches) -> None:
+    ahead.warmup(lambda line: None, [torch.bfloat16], [(64, 128)], [(16, 2, 128, 256, bias)])  # noqa: ARG005
+    experts = named(launches, "_gemm_4bit_grouped_kernel")
+    assert {given["S"] for given in experts} == {2 * tokens for tokens in ahead.EXPERT_TOKENS}
+    assert {(given["E"], given["N"], given["BIAS"], given["repeat"]) for given in experts} == {(16, 128, bias, 1)}
+    assert {given["NESTED"] for given in experts} == {False, True}
+    assert named(launches, "_group_rows_kernel")
 
 
 def test_every_tile_that_is_tuned_reaches_its_kernel_under_the_right_names(launches: Launches) -> None:
@@ -211,21 +222,22 @@ def test_the_int8_plans_launches_fit_their_kernels(rows: int, full: bool, thresh
     int8.int8_linear(x, codes, torch.zeros(n), threshold, bias, beside)
     split, last = threshold > 0, launches[-1][1]
     assert (last["N"], last["SPLIT"], last["BIAS"], last["threshold"]) == (n, split, True, threshold)
-    assert (last["STEP"], last["STEP_SQUARED"]) == (STEP, STEP_SQUARED)
+    assert last["STEP"] == STEP
     # Triton makes another kernel of a whole number, which then could not take 6.5.
-    assert all(isinstance(given["threshold"], float) for _, given in launches)
+    assert all(isinstance(given["threshold"], float) for _, given in launches if "threshold" in given)
     if rows == 1 and not (full and split):
         assert [name for name, _ in launches] == ["_int8_row_kernel"]
         assert last["K4"] == k // 4
         return
     gathered = split and not full and rows >= 256
-    names = ["_int8_rows_kernel", *["_int8_gather_kernel"] * gathered, "_int8_product_kernel"]
+    first = ["_clear_kernel"] * gathered
+    names = [*first, "_int8_rows_kernel", *["_int8_gather_kernel"] * gathered, "_int8_product_kernel"]
     assert [name for name, _ in launches] == names
     assert (last["M"], last["K"], last["x_stride"], last["FULL"], last["RAW"]) == (rows, k, k, full and split, False)
     assert (len(last["row_absmax"]), len(last["column_absmax"])) == (rows, n)
     assert (last["CAPACITY"] > 0) == gathered
     if gathered:
-        assert (launches[1][1]["M"], launches[1][1]["N"], launches[1][1]["CAPACITY"]) == (rows, n, last["CAPACITY"])
+        assert (launches[2][1]["M"], launches[2][1]["N"], launches[2][1]["CAPACITY"]) == (rows, n, last["CAPACITY"])
 
 
 def test_the_other_int8_launches_fit_their_kernels(launches: Launches) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("triton")
 
 from halfbyte.backends.triton import tune, tuning
+from halfbyte.backends.triton.device import Gpu
 from halfbyte.errors import ArgumentError
 
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
@@ -44,10 +46,30 @@ def test_the_users_own_file_goes_before_ours(own: Path) -> None:
     (own / "sm_90.json").write_text(json.dumps(document))
     found = tuning.read("sm_90")
     assert found is not None
-    assert (found.device, found.fused) == ("Mine", ((64, 64, 8),))
+    assert (found.device, found.fused) == ("Mine", ((64, 64, 8), *ours.fused))
     # The command measures no backward.
     assert found.backward
     assert (found.backward, found.fused_backward) == (ours.backward, ours.fused_backward)
+
+
+def test_a_tile_of_the_users_own_is_taken_and_ours_for_other_rows(own: Path) -> None:
+    gpu = Gpu("sm_90", 132, 50 << 20, gluon=True)
+    tuning.tile_for.cache_clear()
+    shipped = {batch: tuning.tile_for(gpu, batch, 4096, 4096) for batch in (1, 8)}
+    mine = replace(shipped[1], rows=64, n_warps=2)
+    tuning.read.cache_clear()
+    tuning.tile_for.cache_clear()
+    tiles = [{"batch": 1, "n": 4096, "k": 4096, "tile": asdict(mine)}]
+    (own / "sm_90.json").write_text(json.dumps({"arch": "sm_90", "device": "Mine", "tiles": tiles, "fused": []}))
+    assert tuning.tile_for(gpu, 1, 4096, 4096) == mine
+    assert tuning.tile_for(gpu, 8, 4096, 4096) == shipped[8]
+    assert tuning.fused_up_to(gpu, 4096, 4096) > 8
+    tuning.tile_for.cache_clear()
+
+
+def test_rows_without_tiles_of_their_own_cannot_be_tuned() -> None:
+    with pytest.raises(ArgumentError, match="there are no tiles for 3 rows; expected one of 1, 8, 16"):
+        tune.tune([(64, 64)], [3], 1, print, print)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"device": "x", "tiles": [{}], "fused": []}'])

@@ -59,15 +59,21 @@ def _wide(dtype: str, blocksizes: Sequence[int], nested: Sequence[bool]) -> list
     return found
 
 
-def warmup(say: Callable[[str], None], dtypes: Sequence[torch.dtype], shapes: Sequence[tuple[int, int]] = ()) -> None:
+def warmup(
+    say: Callable[[str], None],
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, int]] = (),
+    experts: Sequence[tuple[int, int, int, int, bool]] = (),
+) -> None:
     """Compile for this machine what 4-bit models of default blocksize need, and report through ``say``.
 
     Args:
         say: Takes one line of text.
         dtypes: Of activations.
         shapes: Not needed: these kernels serve every shape.
+        experts: Not needed: each of them is a weight as any other.
     """
-    del shapes
+    del shapes, experts
     start = time.perf_counter()
     wanted = plan(dtypes, (DEFAULT_BLOCKSIZE_4BIT,), (False, True))
     for name, variant in wanted:

@@ -6,15 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from halfbyte.backends.triton.dequantize import Nested, dequantize_into
 from halfbyte.backends.triton.device import pairs_of
+from halfbyte.backends.triton.kernels.grouped import _place_rows_kernel
+from halfbyte.backends.triton.launch import start
 
 __all__ = ["product", "why_not"]
 
 SLICE_BYTES = 256 << 20
 """Dequantized weights of all experts at a time."""
+
+COLUMNS = 1024
+"""Columns that one program puts in their place."""
 
 ALIGNED = 8
 """Elements that rows of torch's grouped operands are a multiple of: 16 bytes."""
@@ -56,11 +62,9 @@ def product(
     count, (products, n), k = ends.numel(), out.shape, x.shape[1]
     multiply: Any = _grouped_mm()
     pairs = pairs_of(quant_type, x.device.index)
-    rows = order.long()
-    sorted_x = x[rows // repeat]
+    sorted_x = x[order // repeat]
     slices = -(-count * n * k * x.element_size() // SLICE_BYTES)
     step = -(-n // (slices * ALIGNED)) * ALIGNED
-    sorted_out = torch.empty_like(out) if step < n else out
     workspace = torch.empty(count * step * k, dtype=x.dtype, device=x.device)
     for first in range(0, n, step):
         width = min(n, first + step) - first
@@ -72,13 +76,9 @@ def product(
         dequantize_into(weight, packed, absmax, nested, blocksize, pairs, **shape, end=count * n * k)
         operand = weight.view(count, k, width) if transposed else weight.view(count, width, k).transpose(1, 2)
         part = multiply(sorted_x, operand, offs=ends)
-        if step < n:
-            sorted_out[:, first : first + width] = part
-        else:
-            sorted_out = part
-    places = torch.arange(products, device=x.device, dtype=ends.dtype)
-    if bias is not None:
-        expert = torch.searchsorted(ends, places, right=True).clamp_(max=count - 1)
-        sorted_out = sorted_out + bias[expert]
-    # torch leaves rows that have no expert as they were.
-    out[rows] = sorted_out.masked_fill_((places >= ends[-1]).unsqueeze(1), 0.0)
+        # torch leaves rows that have no expert as they were.
+        start(
+            _place_rows_kernel, (products, -(-width // COLUMNS)), part, order, ends, bias, out,
+            count, width, part.stride(0), n, first, triton.next_power_of_2(count), COLUMNS, bias is not None,
+            num_warps=4,
+        )  # fmt: skip

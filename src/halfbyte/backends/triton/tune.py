@@ -20,9 +20,9 @@ from halfbyte.backends.triton.device import gpu_of, rounded_pairs_of, words_of
 from halfbyte.backends.triton.gemm import FusedPlan
 from halfbyte.backends.triton.quantize import quantize_4bit
 from halfbyte.backends.triton.tuning import FUSED_BATCHES, Tile
-from halfbyte.errors import UnsupportedError
+from halfbyte.errors import ArgumentError, UnsupportedError
 
-__all__ = ["SHAPES", "candidates", "graph_time", "tune"]
+__all__ = ["FUSED_BATCHES", "SHAPES", "candidates", "graph_time", "tune"]
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 """Shapes (N, K) that are measured unless others are asked for: the linear layers of an 8B and of a 70B model."""
@@ -117,28 +117,41 @@ def graph_time(calls: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
     return sorted(taken)[len(taken) // 2]
 
 
-def tune(shapes: Sequence[tuple[int, int]], workers: int, expect: Callable[[int], None], tick: Tick) -> dict[str, Any]:
+def tune(
+    shapes: Sequence[tuple[int, int]],
+    batches: Sequence[int],
+    workers: int,
+    expect: Callable[[int], None],
+    tick: Tick,
+) -> dict[str, Any]:
     """Measure every tile on the current GPU.
 
     Args:
         shapes: (N, K) of weights.
+        batches: Rows of activations, of :data:`tuning.FUSED_BATCHES`.
         workers: Processes that compile.
         expect: Told once how many ticks follow.
         tick: Told of every tile that was compiled, and of every bucket that was measured.
 
     Returns:
-        The tuning file's document.
+        The tuning file's document. Up to which batch the fused kernels are faster than slices is in it where all
+        batches were measured.
 
     Raises:
+        ArgumentError: A batch that has no tiles of its own.
         UnsupportedError: The fused kernels do not run on this GPU, or one computes a wrong product.
     """
+    for batch in batches:
+        if batch not in FUSED_BATCHES:
+            expected = ", ".join(map(str, FUSED_BATCHES))
+            raise ArgumentError(f"there are no tiles for {batch} rows", expected=f"one of {expected}")
     gpu, room = gpu_of(torch.cuda.current_device()), _shared_bytes()
     if not gpu.gluon:
         raise UnsupportedError(
             f"{torch.cuda.get_device_name()} has no fused kernels to tune", expected="an NVIDIA GPU, sm_80 or later"
         )
-    jobs = [(m, n, k, t) for m in FUSED_BATCHES for t in candidates(m, gpu.arch, room) for n, k in shapes]
-    buckets = [(m, n, k) for n, k in shapes for m in FUSED_BATCHES]
+    jobs = [(m, n, k, t) for m in batches for t in candidates(m, gpu.arch, room) for n, k in shapes]
+    buckets = [(m, n, k) for n, k in shapes for m in sorted(set(batches))]
     expect(len(jobs) + len(buckets))
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for _ in pool.imap_unordered(_compile, jobs, chunksize=4):
@@ -151,6 +164,8 @@ def tune(shapes: Sequence[tuple[int, int]], workers: int, expect: Callable[[int]
         if taken <= sliced:
             limits[n, k] = m
         tick(f"{n}x{k}, {m} rows: {taken:.1f} µs")
+    if set(batches) != set(FUSED_BATCHES):
+        limits = {}
     return {
         "arch": gpu.arch,
         "device": torch.cuda.get_device_name(),

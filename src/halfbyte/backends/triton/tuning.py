@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -152,9 +152,10 @@ def shipped(name: str) -> str | None:
 
 @functools.lru_cache(maxsize=16)
 def read(arch: str) -> Table | None:
-    """The tuning table of an architecture: the user's own (``halfbyte bench tune``), else ours, else None.
+    """The tuning table of an architecture: the user's own (``halfbyte bench tune``) before ours; None without either.
 
-    The user's own has no tiles of the backward, which that command does not measure: ours serve.
+    Ours serves for shapes and batches that the user's own does not have, and for the backward, which that command does
+    not measure.
 
     Raises:
         ArgumentError: The user's own cannot be read.
@@ -172,9 +173,16 @@ def read(arch: str) -> Table | None:
             expected="what `halfbyte bench tune` writes",
             hint="delete it, or run: halfbyte bench tune",
         ) from None
-    if ours is None or own.backward:
+    if ours is None:
         return own
-    return replace(own, backward=ours.backward, fused_backward=ours.fused_backward)
+    # The first of several that are as near is taken.
+    return Table(
+        own.device,
+        own.entries + ours.entries,
+        own.fused + ours.fused,
+        own.backward + ours.backward,
+        own.fused_backward + ours.fused_backward,
+    )
 
 
 def distance(n: int, k: int, other_n: int, other_k: int) -> float:

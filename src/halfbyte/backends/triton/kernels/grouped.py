@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-__all__ = ["_gemm_4bit_grouped_portable_kernel", "_group_rows_kernel"]
+__all__ = ["_gemm_4bit_grouped_portable_kernel", "_group_rows_kernel", "_place_rows_kernel"]
 
 
 @triton.jit(do_not_specialize=["S", "E", "row_programs"])
@@ -102,3 +102,28 @@ def _gemm_4bit_grouped_portable_kernel(
     acc = tl.where(expert < E, acc, 0.0)
     target = out + row.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=inside_m[:, None] & inside_n[None, :])
+
+
+@triton.jit(do_not_specialize=["E", "first"])
+def _place_rows_kernel(
+    part, order, ends, bias, out, E, width, part_stride, out_stride, first,
+    EP: tl.constexpr, COLUMNS: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """``out[order[i], first:first + width] = part[i] + bias[expert of i]``; zeros where row i has no expert.
+
+    Grid: (rows, tiles of COLUMNS); ``first`` is a multiple of 8. What ``part`` holds in rows without an expert is not
+    read.
+    """
+    i = tl.program_id(0)
+    first = first // 8 * 8  # which tells the compiler
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    there = inside & (column * 0 + i < tl.load(ends + E - 1))
+    value = tl.load(part + i.to(tl.int64) * part_stride + column, mask=there, other=0.0)
+    if BIAS:
+        e = tl.arange(0, EP)
+        expert = tl.sum(((tl.load(ends + e, mask=e < E, other=0) <= i) & (e < E)).to(tl.int32), 0)
+        added = bias + expert.to(tl.int64) * out_stride + first + column
+        value = value.to(tl.float32) + tl.load(added, mask=there, other=0.0).to(tl.float32)
+    row = tl.load(order + i).to(tl.int64)
+    tl.store(out + row * out_stride + first + column, value.to(out.dtype.element_ty), mask=inside)
