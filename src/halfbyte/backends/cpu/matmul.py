@@ -110,15 +110,18 @@ def _product(A: Tensor, weight: Weight, out: Tensor) -> None:
     if not columns:
         out.zero_() if weight.bias is None else out.copy_(weight.bias.detach().expand_as(out))
         return
-    multiply, stride = _fused(A.numel() // columns, A.dtype, weight.sizes), columns
+    activations, stride = A, columns
+    multiply = _fused(A.numel() // columns, A.dtype, weight.sizes)
     if multiply is None or not A.is_contiguous():
-        A = A.detach().reshape(-1, columns)
-        A = A if A.stride(1) == 1 else A.contiguous()
-        stride = A.stride(0)
+        activations = A.detach().reshape(-1, columns)
+        if activations.stride(1) != 1:
+            activations = activations.contiguous()
+        stride = activations.stride(0)
     if multiply is None:
-        sliced.multiply(A, weight, out.view(-1, weight.rows))
-    else:
-        multiply(A.data_ptr(), stride * A.element_size(), out.data_ptr(), weight.packed_address, weight.inputs)
+        sliced.multiply(activations, weight, out.view(-1, weight.rows))
+        return
+    source, inputs = activations.data_ptr(), weight.inputs
+    multiply(source, stride * activations.element_size(), out.data_ptr(), weight.packed_address, inputs)
 
 
 def _fused(batch: int, dtype: torch.dtype, weight: Sizes) -> Product | None:

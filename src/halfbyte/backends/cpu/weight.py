@@ -15,7 +15,7 @@ __all__ = ["Sizes", "Weight"]
 
 
 class Sizes(NamedTuple):
-    """What a product's plan depends on. ``blocksize``: values that share a scale. ``nested``: double-quantized scales."""
+    """What a product's plan depends on; ``blocksize`` values share a scale, ``nested`` scales are double-quantized."""
 
     rows: int
     columns: int
