@@ -38,7 +38,9 @@ def _quantized(layers: Any, weight: torch.Tensor) -> torch.nn.Module:
     layer = layers.Linear4bit(
         columns, rows, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False, quant_type="nf4"
     )
-    layer.weight = layers.Params4bit(weight.bfloat16(), requires_grad=False, compress_statistics=False, quant_type="nf4")
+    layer.weight = layers.Params4bit(
+        weight.bfloat16(), requires_grad=False, compress_statistics=False, quant_type="nf4"
+    )
     return layer.to("cpu")
 
 
