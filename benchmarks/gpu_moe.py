@@ -83,7 +83,7 @@ class Layer:
 def routings(count: int, chosen: int, n: int, k: int, tokens: int) -> list[Layer]:
     """Routings that together touch more weights than the level-2 cache holds, so that every call reads from memory."""
     first = Layer(count, chosen, n, k, tokens)
-    calls = min(32, max(2, math.ceil(COLD_BYTES / first.nbytes)))
+    calls = min(32, max(8, math.ceil(COLD_BYTES / first.nbytes)))  # eight at least: starting a graph takes time, too
     return [first, *[Layer(count, chosen, n, k, tokens, seed) for seed in range(1, calls)]]
 
 
