@@ -1,4 +1,4 @@
-"""The rank of an fp32 value among the midpoints of an 8-bit map, by one table entry and one comparison of integers."""
+"""The rank of an fp32 value among the midpoints of an 8-bit map, by one table entry and one sum of integers."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ __all__ = ["Ranks", "ranks"]
 class Ranks:
     """A table over runs of fp32 values.
 
-    The bits of an fp32 value, with those of negative values turned around, rise with the value as a signed integer.
-    Its high part (shifted right by ``shift``) is the key of a run, which at most one midpoint cuts. The entry holds the
-    rank below the cut in 8 bits, and above them the low bits of the midpoint: a value with larger ones is one higher.
+    A run is what values with the same bits above the ``shift`` lowest are: at most one midpoint cuts it. The entry is
+    the rank below the cut, shifted left by ``shift``, plus what makes the low bits of a value above the cut carry: so
+    ``(table[bits >> shift] + low bits) >> shift`` is the rank. Low bits of negative values are inverted first, so that
+    they rise with the value. All bit patterns have an entry: nothing is out of reach. NaN has rank 0.
 
     Attributes:
-        table: uint32 for each key from ``low`` to ``high``.
-        low: Smallest key.
-        high: Largest key: that of 1.
+        table: uint32 ``(2**(32 - shift),)``.
         shift: Low bits.
+        signed: Whether midpoints lie below zero; otherwise low bits need not be inverted.
     """
 
     table: npt.NDArray[np.uint32]
-    low: int
-    high: int
     shift: int
+    signed: bool
 
 
 def _rising(values: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    bits = values.view(np.int32)
+    """Integers that rise with the value: its bits, those of negative values turned around."""
+    bits = (values + np.float32(0)).view(np.int32)  # no -0
     return np.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(np.int64)
 
 
-_NEVER = (1 << 24) - 1
+_INFINITY = 0x7F800000
 
 
 @functools.lru_cache(maxsize=64)
@@ -46,8 +46,11 @@ def ranks(code: bytes) -> Ranks | str:
 
     >>> from halfbyte.formats.dynamic import dynamic_map
     >>> found = ranks(dynamic_map().tobytes())
-    >>> found.table.shape, found.shift
-    ((16258,), 17)
+    >>> found.table.shape, found.shift, found.signed
+    ((32768,), 17, True)
+    >>> bits = int(np.float32(0.3).view(np.int32))
+    >>> int(found.table[bits >> 17] + bits % 2**17) >> 17, int(abs(dynamic_map() - 0.3).argmin())
+    (205, 205)
     """
     values = np.frombuffer(code, np.float32)
     if not np.isfinite(values).all() or (np.diff(values) <= 0).any():
@@ -56,14 +59,14 @@ def ranks(code: bytes) -> Ranks | str:
     for shift in range(19, 14, -1):
         keys = midpoints >> shift
         if (np.diff(keys) > 0).all():
-            return _filled(midpoints, keys, shift)
+            return Ranks(_filled(midpoints, keys, shift), shift, bool(midpoints[0] < 0))
     return "the code map has values too close together for one comparison each"
 
 
-def _filled(midpoints: npt.NDArray[np.int64], keys: npt.NDArray[np.int64], shift: int) -> Ranks:
-    # One more run at either end, uncut: what lies beyond is held to it.
-    low, high = int(keys[0]) - 1, max(int(keys[-1]), 0x3F800000 >> shift) + 1
-    below = np.searchsorted(keys, np.arange(low, high + 1), side="left")
-    entries = (_NEVER << 8 | below).astype(np.int64)
-    entries[keys - low] = ((midpoints & ((1 << shift) - 1)) << 8) | np.arange(midpoints.size)
-    return Ranks(entries.astype(np.uint32), low, high, shift)
+def _filled(midpoints: npt.NDArray[np.int64], keys: npt.NDArray[np.int64], shift: int) -> npt.NDArray[np.uint32]:
+    half = 1 << (31 - shift)
+    entries = np.searchsorted(keys, np.arange(-half, half), side="left") << shift
+    entries[keys + half] += (1 << shift) - 1 - (midpoints & ((1 << shift) - 1))
+    entries[(_INFINITY >> shift) + half :] = 0
+    # Bits of negative values fall as the value rises.
+    return np.concatenate([entries[half:], entries[:half][::-1]]).astype(np.uint32)

@@ -117,8 +117,8 @@ def bind(function: Callable[..., Any], namespace: Any) -> Callable[..., Any]:
     3.0
     """
     code = cast(FunctionType, function).__code__
-    bound = FunctionType(
-        code, {"xp": namespace, "__builtins__": {}, "__name__": function.__module__}, function.__name__
-    )
+    # What a rule calls may import, and C code does so by the caller's builtins.
+    names = {"xp": namespace, "__builtins__": {"__import__": __import__}, "__name__": function.__module__}
+    bound = FunctionType(code, names, function.__name__)
     bound.__doc__, bound.__module__ = function.__doc__, function.__module__
     return bound

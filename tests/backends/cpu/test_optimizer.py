@@ -14,7 +14,7 @@ from halfbyte.rules import hyper, rule_named, rule_names
 
 ops = torch.ops.halfbyte
 MAPS = {True: F.create_dynamic_map(), False: F.create_dynamic_map(signed=False)}
-STEPS = 10
+STEPS, BLOCKSIZE = 10, 256
 LEVELS = [level.name for level in host.levels()]
 
 
@@ -85,6 +85,28 @@ def test_zero_gradients_skipped(rule: str, only_backend: Callable[[str], None]) 
 def test_random_rounding_draws_the_same(rule: str, only_backend: Callable[[str], None]) -> None:
     check(only_backend, rule, 5003, torch.bfloat16, torch.float32, 256, 12345, False)
     check(only_backend, rule, 5003, torch.float32, torch.bfloat16, 256, 12345, False)
+
+
+def check_scales(only_backend: Callable[[str], None], rule: str) -> None:
+    scales = torch.tensor([1.0, float("nan"), float("inf"), -1.0, 1e-30, 1e-38, 1e-42, 0.0, 3e38])
+    numel, signed = BLOCKSIZE * scales.numel(), rule_named(rule).signed
+    h = torch.tensor(hyper(lr=1e-2, beta1=0.9, beta2=0.99, beta3=0.999, alpha=2.0, eps=1e-8, step=3))
+    found: list[list[torch.Tensor]] = []
+    for backend in ("reference", "cpu"):
+        only_backend(backend)
+        p, g = torch.linspace(-2, 2, numel), torch.linspace(-1e-3, 1e-3, numel)
+        codes = [torch.arange(numel).to(torch.uint8) for _ in signed]
+        absmax, maps = [scales.clone() for _ in signed], [MAPS[one] for one in signed]
+        ops.optimizer_step_8bit([p], [g], codes, absmax, maps, h, BLOCKSIZE, rule)
+        found.append([p, *codes, *absmax])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rule", rule_names())
+def test_damaged_and_tiny_scales(rule: str, only_backend: Callable[[str], None]) -> None:
+    """Whatever bytes and scales a state file holds, nothing is read out of bounds and the result is the reference's."""
+    check_scales(only_backend, rule)
 
 
 @pytest.mark.parametrize("level", LEVELS)

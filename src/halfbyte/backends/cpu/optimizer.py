@@ -59,7 +59,9 @@ def _launch(run: Any, blocks: int, blocksize: int, tensors: list[Tensor], tail: 
     run(-(-blocks // a_piece), p.data_ptr(), g.data_ptr(), *addresses, *tail[:3], blocks, a_piece, *tail[3:])
 
 
-def _variant(name: str, rule: str, p: Tensor, g: Tensor, blocksize: int, skip_zeros: bool, seed: int) -> Any:
+def _variant(
+    name: str, rule: str, p: Tensor, g: Tensor, blocksize: int, skip_zeros: bool, seed: int, **more: str
+) -> Any:
     return kernel(
         name,
         rule=rule_named(rule).name,
@@ -68,6 +70,7 @@ def _variant(name: str, rule: str, p: Tensor, g: Tensor, blocksize: int, skip_ze
         blocksize=blocksize,
         skip_zeros=skip_zeros,
         random=seed >= 0 and p.dtype == torch.bfloat16,
+        **more,
     )
 
 
@@ -147,11 +150,12 @@ def optimizer_step_8bit(
     """Step every parameter and its 8-bit states in place."""
     count, hyper, found = len(maps), hyper.contiguous(), _tables(maps)
     codes = [code.detach().contiguous() for code in maps]
+    signs = "".join("s" if not isinstance(one, str) and one.signed else "u" for one in found)
     for place, (p, g) in enumerate(zip(params, grads, strict=True)):
         own = [p, g, *states[count * place : count * (place + 1)]]
         scales = absmax[count * place : count * (place + 1)]
         flat = _contiguous(own)
-        run = _variant("optimizer_8bit", rule, p, g, blocksize, skip_zeros, seed)
+        run = _variant("optimizer_8bit", rule, p, g, blocksize, skip_zeros, seed, signs=signs)
         whole = p.numel() // blocksize
         maps_at = _addresses(scales, codes, found, 0)
         _launch(run, whole, blocksize, flat, [hyper.data_ptr(), seed, 0, *maps_at])
@@ -171,5 +175,5 @@ def _addresses(scales: list[Tensor], codes: list[Tensor], found: list[tables.Ran
     for scale, code, one in zip(scales, codes, found, strict=True):
         if not isinstance(one, str):
             address = scale.data_ptr() + 4 * block
-            listed += [address, code.data_ptr(), one.table.address, one.low, one.high, one.shift]
-    return listed + [0] * (18 - len(listed))
+            listed += [address, code.data_ptr(), one.table.address, one.shift]
+    return listed + [0] * (12 - len(listed))

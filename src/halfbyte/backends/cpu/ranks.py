@@ -19,15 +19,14 @@ class Ranks:
     """As :class:`halfbyte.formats.ranks.Ranks`, with the table where kernels find it."""
 
     table: Table
-    low: int
-    high: int
     shift: int
+    signed: bool
 
 
 @functools.lru_cache(maxsize=64)
 def ranks(code: bytes) -> Ranks | str:
-    """How states are encoded in a map of 256 rising fp32 values, given as their bytes; a reason if there is no table."""
+    """How states are encoded in a map of 256 rising fp32 values, given as bytes; a reason if there is no table."""
     found = formats.ranks(encoding_map(np.frombuffer(code, np.float32)).tobytes())
     if isinstance(found, str):
         return found
-    return Ranks(Table.of(found.table.view(np.uint8)), found.low, found.high, found.shift)
+    return Ranks(Table.of(found.table.view(np.uint8)), found.shift, found.signed)

@@ -159,7 +159,7 @@ def optimizer_step_8bit(
     skip_zeros: bool = False,
     seed: int = -1,
 ) -> None:
-    """Step every parameter in place; states are codes of ``maps``, decoded before and encoded after (``encoding_map``)."""
+    """Step every parameter in place; states are codes of ``maps``: see also :func:`halfbyte.rules.encoding_map`."""
     count = len(rule_named(rule).signed)
     tables = [code.to(params[0].device).view(-1) for code in maps]
     midpoints = [coding.midpoints_of(encoding_map(table)) for table in tables]

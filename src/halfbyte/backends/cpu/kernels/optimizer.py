@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.levels import Level
-from halfbyte.backends.cpu.kernels.quantize import Blocks
+from halfbyte.backends.cpu.kernels.quantize import TINY, Blocks
 from halfbyte.backends.cpu.kernels.ssa import F32, I8, I32, Type, Value
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float, round_to, store_float
 from halfbyte.rules import FIELDS, Rule, bind, rule_named
@@ -24,9 +24,9 @@ ARGUMENTS_32BIT = ("param", "grad", "state0", "state1", "state2", "hyper", "seed
 
 ARGUMENTS_8BIT = (
     *ARGUMENTS_32BIT,
-    *(f"{what}{number}" for number in range(3) for what in ("absmax", "code", "ranks", "low", "high", "shift")),
+    *(f"{what}{number}" for number in range(3) for what in ("absmax", "code", "ranks", "shift")),
 )
-"""``ranks``: one i32 for each run of fp32 bit patterns, see ``formats/ranks.py``; ``low``, ``high``: its keys."""
+"""``ranks``: one i32 for each run of fp32 bit patterns, ``shift``: see ``formats/ranks.py``."""
 
 INFINITY = 0x7F800000
 
@@ -84,6 +84,13 @@ class Step:
             ok = ok & self._finite(state)
         if active is not None:
             ok = ok & active
+        if BRANCH:
+            every = e.call(f"llvm.vector.reduce.and.{ok.type.suffix}", Type("i1"), [ok])
+            places = [e.variable(new.type, new) for new in (stepped, *fresh)]
+            with e.when(e.compare("eq", every, 0)):
+                for place, old in zip(places, (p, *states), strict=True):
+                    place.set(e.select(ok, place.get(), old))
+            return places[0].get(), [place.get() for place in places[1:]]
         kept = [e.select(ok, new, old) for new, old in zip(fresh, states, strict=True)]
         return e.select(ok, stepped, p), kept
 
@@ -136,29 +143,36 @@ def emit_32bit(
 
 
 class _Codes:
-    """One 8-bit state: its arguments, a block of it in fp32 on the stack, its absmax so far.
+    """One 8-bit state: its arguments, blocks of it in fp32 on the stack, the absmax of one so far.
 
     Tables are read by gathers with AVX-512: Intel inserts and extracts lanes on one port. With AVX2 (Zen 3) a gather is
     slower than one load after the other; then keys and entries of a block go through the stack.
     """
 
-    def __init__(self, e: Emitter, level: Level, args: dict[str, Value], number: int, blocksize: int) -> None:
-        self._e, self._level, self._lanes = e, level, level.lanes
-        self._state, self._absmax, self._code, self._ranks, low, high, shift = (
-            args[f"{what}{number}"] for what in ("state", "absmax", "code", "ranks", "low", "high", "shift")
+    def __init__(
+        self, e: Emitter, level: Level, args: dict[str, Value], number: int, blocksize: int, signed: bool, slots: int
+    ) -> None:
+        self._e, self._level, self._lanes, self._signed = e, level, level.lanes, signed
+        self._state, self._absmax, self._code, self._ranks, shift = (
+            args[f"{what}{number}"] for what in ("state", "absmax", "code", "ranks", "shift")
         )
-        self._low, self._high, self._shift = (
-            e.splat(e.convert("trunc", value, "i32"), level.lanes) for value in (low, high, shift)
-        )
-        self._mask = (e.const(self._low.type, 1) << self._shift) - 1
-        self._values = e.buffer(F32, blocksize)
+        self._shift = e.splat(e.convert("trunc", shift, "i32"), level.lanes)
+        self._mask = (e.const(self._shift.type, 1) << self._shift) - 1
+        self._values, self._slots = e.buffer(F32, slots * blocksize), slots
         self._gathers, self._blocksize = level.lanes == 16, blocksize
         self._keys = e.buffer(I32, 0 if self._gathers else blocksize)
         self._largest = e.variable(Type("i32", level.lanes), 0)
 
+    def _at(self, block: Value) -> Value:
+        """Where the block's values are kept."""
+        if self._slots == 1:
+            return self._values
+        return self._values + (block & (self._slots - 1)) * (4 * self._blocksize)
+
     def begin(self, block: Value) -> None:
         self._scale = self._e.splat(self._e.load(F32, self._absmax + (block << 2)), self._lanes)
         self._largest.set(0)
+        self._kept = self._at(block)
 
     def decode(self, element: Value) -> Value:
         e, found = self._e, self._e.undef(Type("float", self._lanes))
@@ -172,42 +186,47 @@ class _Codes:
 
     def keep(self, value: Value, place: Value) -> None:
         e = self._e
-        e.store(value, self._values + (place << 2))
+        e.store(value, self._kept + (place << 2))
         self._largest.set(e.maximum(self._largest.get(), e.bits(value, self._largest.type) & 0x7FFFFFFF))
 
-    def scale(self, block: Value, walk: Blocks) -> tuple[Value, Value]:
-        absmax = self._e.bits(self._e.largest(self._largest.get()), F32)
-        self._e.store(absmax, self._absmax + (block << 2))
-        return walk.factors(absmax)
-
-    def _key(self, place: Value, factors: tuple[Value, Value]) -> tuple[Value, Value]:
-        """Key of each value at ``place``, and the bits below it."""
+    def scale(self, block: Value, walk: Blocks) -> Value:
+        """Store the kept block's absmax; returns what its values, as they now are, are multiplied with for a code."""
         e = self._e
-        scaled = e.load(Type("float", self._lanes), self._values + (place << 2)) * factors[0] * factors[1]
-        bits = e.bits(scaled, Type("i32", self._lanes))
-        # As signed integers, bits rise with the value once those of negative values are turned around.
-        rising = bits ^ (e.convert("sext", e.compare("slt", bits, 0), "i32") & 0x7FFFFFFF)
-        key = e.emit(rising.type, f"ashr {rising.type} {rising.name}, {self._shift.name}")
-        key = e.select(e.compare("sgt", key, self._low), key, self._low)
-        return e.least(key, self._high) - self._low, rising & self._mask
+        absmax = e.bits(e.largest(self._largest.get()), F32)
+        e.store(absmax, self._absmax + (block << 2))
+        boost, reciprocal = walk.factors(absmax)
+        with e.when(e.compare("ult", absmax, TINY)), e.loop(0, self._blocksize, self._lanes) as place:
+            at = self._at(block) + (place << 2)
+            e.store(e.load(boost.type, at) * boost, at)
+        return reciprocal
+
+    def _key(self, at: Value, factor: Value) -> tuple[Value, Value]:
+        """Key of each value, and its bits below."""
+        e = self._e
+        bits = e.bits(e.load(factor.type, at) * factor, self._shift.type)
+        rest = bits ^ e.shift_sign(bits, 31) if self._signed else bits
+        return bits >> self._shift, rest & self._mask
 
     def _store(self, entry: Value, rest: Value, element: Value) -> None:
         e = self._e
-        above = e.convert("zext", e.compare("ugt", rest, entry >> 8), "i32")
-        e.store(e.convert("trunc", (entry & 0xFF) + above, "i8"), self._state + element)
+        e.store(e.convert("trunc", (entry + rest) >> self._shift, "i8"), self._state + element)
 
-    def encode(self, begin: Value, factors: tuple[Value, Value]) -> None:
-        """Store the block's codes."""
-        e, word = self._e, Type("i32", self._lanes)
-        with e.loop(0, self._blocksize, self._lanes) as place:
-            key, rest = self._key(place, factors)
-            if self._gathers:
-                self._store(self._level.gather(e, self._ranks, key), rest, begin + place)
-            else:
-                e.store(key, self._keys + (place << 2))
-                e.store(rest, self._values + (place << 2))
+    def encode_some(self, block: Value, place: Value, factor: Value) -> None:
+        """Store one register of the block's codes; by gathers."""
+        key, rest = self._key(self._at(block) + (place << 2), factor)
+        self._store(self._level.gather(self._e, self._ranks, key), rest, block * self._blocksize + place)
+
+    def encode(self, block: Value, factor: Value) -> None:
+        """Store all of the block's codes."""
+        e, word, begin = self._e, self._shift.type, block * self._blocksize
         if self._gathers:
+            with e.loop(0, self._blocksize, self._lanes) as place:
+                self.encode_some(block, place, factor)
             return
+        with e.loop(0, self._blocksize, self._lanes) as place:
+            key, rest = self._key(self._values + (place << 2), factor)
+            e.store(key, self._keys + (place << 2))
+            e.store(rest, self._values + (place << 2))
         with e.loop(0, self._blocksize, UNROLLED) as place:
             for i in range(UNROLLED):
                 at = self._keys + ((place + i) << 2)
@@ -222,32 +241,74 @@ UNROLLED = 8
 
 
 def emit_8bit(
-    e: Emitter, level: Level, *, rule: str, dtype: str, grad: str, blocksize: int, skip_zeros: bool, random: bool
+    e: Emitter,
+    level: Level,
+    *,
+    rule: str,
+    dtype: str,
+    grad: str,
+    blocksize: int,
+    skip_zeros: bool,
+    random: bool,
+    signs: str,
 ) -> None:
-    """Write the step over 8-bit states in whole blocks of ``blocksize``."""
+    """Write the step over 8-bit states in whole blocks of ``blocksize``; ``signs``: s or u for each state's map."""
     args = {name: e.argument(name) for name in ARGUMENTS_8BIT}
     algorithm = rule_named(rule)
     step = Step(e, level, algorithm, args["hyper"], skip_zeros)
-    states = [_Codes(e, level, args, number, blocksize) for number in range(len(algorithm.signed))]
+    behind = PIPELINED and level.lanes == 16
+    states = [
+        _Codes(e, level, args, number, blocksize, sign == "s", 2 if behind else 1) for number, sign in enumerate(signs)
+    ]
     walk = Blocks(e, level, "f32")
+
+    def step_some(block: Value, place: Value) -> None:
+        element = block * blocksize + place
+        at = args["param"] + element * ITEMSIZE[dtype]
+        if AHEAD:
+            e.prefetch(at + AHEAD)
+            e.prefetch(args["grad"] + element * ITEMSIZE[grad] + AHEAD)
+        p = load_float(e, level, at, dtype, level.lanes)
+        g = load_float(e, level, args["grad"] + element * ITEMSIZE[grad], grad, level.lanes)
+        p, fresh = step(p, g, [state.decode(element) for state in states])
+        bits = _random(e, element + args["first"], args["seed"], level.lanes) if random else None
+        _store(e, level, p, at, dtype, bits)
+        for state, value in zip(states, fresh, strict=True):
+            state.keep(value, place)
+
+    def begin(block: Value) -> None:
+        for state in states:
+            state.begin(block)
+
     with e.pieces() as piece:
         start = piece * args["blocks_a_piece"]
         stop = start + args["blocks_a_piece"]
         stop = e.least(stop, args["blocks"])
-        with e.loop(start, stop) as block:
-            begin = block * blocksize
-            for state in states:
-                state.begin(block)
+        if not behind:
+            with e.loop(start, stop) as block:
+                begin(block)
+                with e.loop(0, blocksize, level.lanes) as place:
+                    step_some(block, place)
+                factors = [state.scale(block, walk) for state in states]
+                for state, factor in zip(states, factors, strict=True):
+                    state.encode(block, factor)
+        else:
+            # While a block is stepped, the one before is encoded: roots keep other units busy than tables do.
+            begin(start)
             with e.loop(0, blocksize, level.lanes) as place:
-                element = begin + place
-                at = args["param"] + element * ITEMSIZE[dtype]
-                p = load_float(e, level, at, dtype, level.lanes)
-                g = load_float(e, level, args["grad"] + element * ITEMSIZE[grad], grad, level.lanes)
-                p, fresh = step(p, g, [state.decode(element) for state in states])
-                bits = _random(e, element + args["first"], args["seed"], level.lanes) if random else None
-                _store(e, level, p, at, dtype, bits)
-                for state, value in zip(states, fresh, strict=True):
-                    state.keep(value, place)
-            factors = [state.scale(block, walk) for state in states]
+                step_some(start, place)
+            with e.loop(start + 1, stop) as block:
+                factors = [state.scale(block - 1, walk) for state in states]
+                begin(block)
+                with e.loop(0, blocksize, level.lanes) as place:
+                    step_some(block, place)
+                    for state, factor in zip(states, factors, strict=True):
+                        state.encode_some(block - 1, place, factor)
+            factors = [state.scale(stop - 1, walk) for state in states]
             for state, factor in zip(states, factors, strict=True):
-                state.encode(begin, factor)
+                state.encode(stop - 1, factor)
+
+
+PIPELINED = True
+BRANCH = True
+AHEAD = 0
