@@ -144,6 +144,21 @@ def test_every_dtype(name: str, dtype: torch.dtype, grad: torch.dtype, bits: int
         run.step(t, checked=True)
 
 
+@pytest.mark.parametrize("numel", [BLOCKSIZE, VALUES, VALUES + 77, 3 * VALUES])
+@pytest.mark.parametrize("name", ["adam", "ademamix", "adopt"])
+def test_a_square_above_zero_never_becomes_zero(name: str, numel: int) -> None:
+    g = torch.logspace(0, -10, numel, device="cuda")
+    g[::7] = 0.0
+    signed = rule_named(name).signed
+    maps = [F.create_dynamic_map(one).cuda() for one in signed]
+    codes = [torch.full((numel,), int((code == 0).nonzero()), dtype=torch.uint8, device="cuda") for code in maps]
+    absmax = [torch.zeros(-(-numel // BLOCKSIZE), device="cuda") for _ in signed]
+    for t in range(1, 4):
+        p, h = torch.zeros_like(g), numbers(Settings(), t)
+        ops.optimizer_step_8bit([p], [g], codes, absmax, maps, h, BLOCKSIZE, name)
+    assert torch.equal(codes[-1] == 0, g == 0)
+
+
 def lists(rule: str, device: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> dict[str, list[torch.Tensor]]:
     signed = rule_named(rule).signed
     return {
