@@ -1,8 +1,15 @@
-"""Linear8bitLt on a GPU: halfbyte in a CUDA graph and eager, bitsandbytes eager, F.linear in bf16 and fp16.
+"""Linear8bitLt on a GPU beside nn.Linear and F.linear in fp16, and bitsandbytes' Linear8bitLt.
 
-Run: ``python benchmarks/gpu_int8.py [--out FOLDER] [--seconds N]`` from a source folder, on a machine with a GPU, with
-bitsandbytes importable where it should be compared. Every product is checked against fp32 before it is timed. Weights
-rotate past the level-2 cache; microseconds, medians. bitsandbytes waits for the GPU in every call: no graph holds it.
+Run: ``python benchmarks/gpu_int8.py [--out FOLDER] [--seconds N] [--trace]`` from a source folder, on a machine with a
+GPU, with bitsandbytes importable where it should be compared. Every product is checked against fp32 before it is timed.
+Weights rotate past the level-2 cache. All ways are timed in turn, and each round another one begins. Microseconds:
+
+* ``graph``: of a call in a CUDA graph that holds one call for each copy of the weight. bitsandbytes waits for the GPU
+  in every call: no graph holds it.
+* ``eager``: from the start of one call until the GPU is done, the GPU idle before.
+* ``host``: until a call returns, while the GPU works on those before.
+
+``--trace`` writes, instead, which calls of the CUDA runtime and driver one forward pass makes, and what the GPU does.
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ import importlib.util
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,94 +33,182 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import copies_for, write_csv
-from benchmarks.gpu_4bit import eager_time, graph_time
 from halfbyte.nn import Linear8bitLt
 
 SHAPES = [(4096, 4096), (14336, 4096)]
-BATCHES = [1, 2048, 16, 512]
+BATCHES = [1, 16, 512, 2048]
 THRESHOLD = 6.0
-Call = Callable[[], Any]
+ROUNDS = 12
+EAGER_CALLS = 8
+HOST_CALLS = 30
+WARM_SECONDS = 1.0
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize", "Memcpy DtoH")
+"""What a forward pass that waits for the GPU shows in a trace."""
+
+Calls = list[Callable[[], Any]]
 
 
-def eager(calls: list[Call], repeats: int = 40) -> float:
-    """Median microseconds of one call, from its start until the GPU is done."""
+def weight_of(n: int, k: int) -> Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(n + k)
+    return (torch.randn(n, k, device="cuda", generator=generator) * 0.02).half()
+
+
+def activation(batch: int, k: int, outliers: bool = True) -> Tensor:
+    """fp32, without and with three columns of outliers."""
+    generator = torch.Generator(device="cuda").manual_seed(batch)
+    x = torch.randn(batch, k, device="cuda", generator=generator).clamp_(-5, 5)
+    if outliers:
+        x[:, [3, k // 2, k - 1]] *= 8
+    return x
+
+
+def quantized(kind: Any, weight: Tensor, count: int) -> list[Any]:
+    """``count`` 8-bit layers of that weight."""
+    first = kind(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=THRESHOLD)
+    first.weight.data = weight.cpu().clone()
+    first = first.cuda().eval()
+    if isinstance(first, Linear8bitLt):
+        return [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+    return [first]
+
+
+def ways(weight: Tensor, x: Tensor) -> dict[str, Calls]:
+    """Who -> calls, one for each copy of the weight. Refuses products that are off by more than 2 %."""
+    (n, k), half = weight.shape, x.half()
+    count = copies_for(n * k)
+    dense = [weight.clone() for _ in range(max(2, count // 2))]
+    found: dict[str, Calls] = {"F.linear fp16": [lambda w=w: F.linear(half, w) for w in dense]}
+    modules: list[Any] = []
+    for tensor in dense:
+        module = torch.nn.Linear(k, n, bias=False, device="meta")
+        module.weight = torch.nn.Parameter(tensor, requires_grad=False)
+        modules.append(module)
+    found["nn.Linear fp16"] = [lambda layer=layer: layer(half) for layer in modules]
+    given = x.bfloat16()
+    found["halfbyte"] = [lambda layer=layer: layer(given) for layer in quantized(Linear8bitLt, weight, count)]
+    peer = _peer()
+    if peer is not None:
+        found["bitsandbytes"] = [lambda layer=layer: layer(half) for layer in quantized(peer, weight, 1)]
+    expected = x @ weight.float().t()
+    for who, calls in found.items():
+        for call in calls:
+            call()
+        error = float((calls[0]().float() - expected).norm() / expected.norm())
+        if not error < 0.02:
+            raise SystemExit(f"{who} is off by {error:.2%}: not timed")
+    return found
+
+
+def captured(calls: Calls) -> torch.cuda.CUDAGraph:
+    """A graph of all calls."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def _graph(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    stop.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(stop) * 1e3 / count]
+
+
+def _eager(calls: Calls, turn: int) -> list[float]:
     taken: list[float] = []
-    for number in range(repeats + 10):
+    for number in range(EAGER_CALLS):
+        call = calls[(turn * EAGER_CALLS + number) % len(calls)]
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        calls[number % len(calls)]()
+        call()
         torch.cuda.synchronize()
         taken.append((time.perf_counter() - begin) * 1e6)
-    return sorted(taken[10:])[repeats // 2]
+    return taken
 
 
-def layers(kind: Any, weight: Tensor, count: int) -> list[Any]:
-    """``count`` quantized layers of that weight."""
-    made: list[Any] = []
-    for _ in range(count):
-        layer = kind(weight.shape[1], weight.shape[0], bias=False, has_fp16_weights=False, threshold=THRESHOLD)
-        if made and isinstance(layer, Linear8bitLt):
-            layer = copy.deepcopy(made[0])
-        else:
-            layer.weight.data = weight.cpu().clone()
-        made.append(layer.cuda().eval())
-    return made
-
-
-def kernels_of(call: Call) -> int:
-    """How many kernels one call starts. Refuses a call that waits for the GPU."""
-    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+def _host(calls: Calls) -> list[float]:
+    torch.cuda.synchronize()
+    call = calls[0]
+    begin = time.perf_counter()
+    for _ in range(HOST_CALLS):
         call()
-    names = [event.key for event in profile.key_averages() for _ in range(event.count)]
-    waits = [name for name in names if "Synchronize" in name and "cudaDeviceSynchronize" not in name]
-    if waits or "aten::item" in names or "aten::nonzero" in names:
-        raise SystemExit(f"the call waits for the GPU: {waits}")
-    return sum(name.startswith(("cudaLaunchKernel", "cuLaunchKernel", "cudaMemset")) for name in names)
-
-
-def checked(found: Tensor, x: Tensor, weight: Tensor, who: str) -> None:
-    """Refuse to time a product that is off by more than 2 %."""
-    expected = x.float() @ weight.float().t()
-    error = float((found.float() - expected).norm() / expected.norm())
-    if not error < 0.02:
-        raise SystemExit(f"{who} is off by {error:.2%}: not timed")
+    taken = (time.perf_counter() - begin) / HOST_CALLS * 1e6
+    torch.cuda.synchronize()
+    return [taken]
 
 
 def measure(n: int, k: int, batch: int) -> list[dict[str, Any]]:
-    weight = torch.randn(n, k, device="cuda", dtype=torch.float16) * 0.02
-    x = torch.randn(batch, k, device="cuda")
-    x[:, [3, k // 2, k - 1]] *= 8
-    count = copies_for(n * k)
-    rows: list[dict[str, Any]] = []
+    """Rows of one point."""
+    found = ways(weight_of(n, k), activation(batch, k))
+    graphs = {who: captured(calls) for who, calls in found.items() if who != "bitsandbytes"}
+    taken: dict[tuple[str, str], list[float]] = {}
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < WARM_SECONDS:
+        for calls in found.values():
+            _eager(calls, 0)
+    order = list(found)
+    for number in range(ROUNDS):
+        for who in order[number % len(order) :] + order[: number % len(order)]:
+            calls = found[who]
+            taken.setdefault((who, "eager"), []).extend(_eager(calls, number))
+            taken.setdefault((who, "host"), []).extend(_host(calls))
+            if who in graphs:
+                taken.setdefault((who, "graph"), []).extend(_graph(graphs[who], len(calls)))
+    point = {"n": n, "k": k, "batch": batch}
+    return [
+        {**point, "who": who, "how": how, "us": round(sorted(us)[len(us) // 2], 1), "least": round(min(us), 1)}
+        for (who, how), us in taken.items()
+    ]
 
-    def add(who: str, how: str, value: float) -> None:
-        rows.append({"n": n, "k": k, "batch": batch, "who": who, "how": how, "us": round(value, 1)})
 
-    for dtype in (torch.bfloat16, torch.float16):
-        copies = [weight.to(dtype, copy=True) for _ in range(max(2, count // 2))]
-        given = x.to(dtype)
-        dense = [lambda w=w, a=given: F.linear(a, w) for w in copies]
-        name = "F.linear bf16" if dtype == torch.bfloat16 else "F.linear fp16"
-        add(name, "graph", graph_time(dense))
-        add(name, "eager", eager(dense))
-        if dtype == torch.float16:
-            add(name, "host", eager_time(dense[0]))
-            module = torch.nn.Linear(k, n, bias=False, device="cuda", dtype=dtype)
-            add("nn.Linear fp16", "eager", eager([lambda layer=module, a=given: layer(a)]))
-            add("nn.Linear fp16", "host", eager_time(lambda layer=module, a=given: layer(a)))
-    half = x.half()
+def traced(who: str, call: Callable[[], Any], batch: int, outliers: bool) -> list[dict[str, Any]]:
+    """What one call asks of the CUDA runtime and driver, and what runs on the GPU, counted. Refuses one that waits."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profile:
+        with torch.profiler.record_function("one forward pass"):
+            call()
+        torch.cuda.synchronize()
+    events = list(profile.events() or [])
+    (whole,) = (event.time_range for event in events if event.name == "one forward pass" and not _on_gpu(event))
+    counted: Counter[tuple[str, str]] = Counter()
+    for event in events:
+        if _on_gpu(event):
+            counted["GPU", event.name.split("<")[0][:60]] += event.name != "one forward pass"
+        elif event.name.startswith(("cu", "Memcpy")) and whole.start <= event.time_range.start <= whole.end:
+            counted["host", event.name] += 1
+    waits = [name for _, name in counted if name.startswith(WAITS)]
+    if waits and who == "halfbyte":
+        raise SystemExit(f"{who} waits for the GPU: {waits}")
+    point = {"who": who, "batch": batch, "outliers": outliers}
+    return [{**point, "where": where, "what": what, "count": n} for (where, what), n in sorted(counted.items()) if n]
+
+
+def _on_gpu(event: Any) -> bool:
+    return event.device_type == torch.autograd.DeviceType.CUDA
+
+
+def trace() -> list[dict[str, Any]]:
+    """Rows of every batch with and without outliers at the first shape."""
+    n, k = SHAPES[0]
+    weight, rows = weight_of(n, k), list[dict[str, Any]]()
     for who, kind in (("halfbyte", Linear8bitLt), ("bitsandbytes", _peer())):
-        if kind is None:
-            continue
-        given = x.bfloat16() if who == "halfbyte" else half
-        copies = layers(kind, weight, count if who == "halfbyte" else 2)
-        calls = [lambda layer=layer, a=given: layer(a) for layer in copies]
-        checked(calls[0](), x, weight, who)
-        add(who, "eager", eager(calls))
-        if who == "halfbyte":
-            add(who, "graph", graph_time(calls))
-            add(who, "host", eager_time(calls[0]))
-            add(who, "kernels", float(kernels_of(calls[0])))
+        for batch in BATCHES if kind is not None else ():
+            for outliers in (False, True):
+                x = activation(batch, k, outliers)
+                x = x.bfloat16() if who == "halfbyte" else x.half()
+                (layer,) = quantized(kind, weight, 1)
+                rows += traced(who, lambda layer=layer, x=x: layer(x), batch, outliers)
     return rows
 
 
@@ -127,22 +223,32 @@ def _peer() -> Any:
 
 
 def main() -> None:
+    """Measure, write ``gpu_int8.csv``; or trace, write ``gpu_int8_trace.csv``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--seconds", type=float, default=600.0, help="no further case once this has passed")
+    parser.add_argument("--seconds", type=float, default=600.0, help="no further point once this has passed")
+    parser.add_argument("--trace", action="store_true")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
-    begin, rows = time.perf_counter(), []
+    begin, rows = time.perf_counter(), list[dict[str, Any]]()
+    gpu = {"gpu": torch.cuda.get_device_name()}
     with torch.no_grad():
+        if args.trace:
+            rows = trace()
+            for row in rows:
+                print(*row.values(), flush=True)
+            print(write_csv("gpu_int8_trace.csv", [{**row, **gpu} for row in rows], args.out))
+            return
         for batch in BATCHES:
             for n, k in SHAPES:
                 if time.perf_counter() - begin > args.seconds:
                     break
                 found = measure(n, k, batch)
                 rows += found
-                print(n, k, batch, *(f"{row['who']} {row['how']} {row['us']}" for row in found), sep="  ", flush=True)
-    gpu = torch.cuda.get_device_name().replace(" ", "-")
-    print(write_csv(f"gpu_int8_{gpu}.csv", [{**row, "gpu": gpu} for row in rows], args.out))
+                said = (f"{row['who']} {row['how']} {row['us']} ({row['least']})" for row in found)
+                print(n, k, batch, *said, sep="  ", flush=True)
+                path = write_csv("gpu_int8.csv", [{**row, **gpu} for row in rows], args.out)
+    print(path)
 
 
 if __name__ == "__main__":

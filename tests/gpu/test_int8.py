@@ -60,7 +60,7 @@ def test_outliers_meet_the_unquantized_weight_where_it_is_given(dtype: torch.dty
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
-@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("batch", [1, 20, 300])
 def test_what_is_not_finite_stays_in_its_row(batch: int, value: float) -> None:
     A, CB, SCB = on_gpu(batch, 512, 40, torch.bfloat16)
     clean = ops.int8_linear(A, CB, SCB, THRESHOLD).cpu()
@@ -107,7 +107,7 @@ def layer(batch: int) -> tuple[Linear8bitLt, torch.Tensor]:
     return made, activations(batch, 512, torch.bfloat16).cuda()
 
 
-@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize("batch", [1, 33, 300])
 def test_a_forward_pass_never_waits_for_the_gpu(batch: int) -> None:
     made, x = layer(batch)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_a_forward_pass_never_waits_for_the_gpu(batch: int) -> None:
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("batch", [1, 33])
+@pytest.mark.parametrize("batch", [1, 33, 300])
 def test_a_cuda_graph_follows_outliers_that_come_and_go(batch: int) -> None:
     made, x = layer(batch)
     with torch.no_grad():
@@ -136,8 +136,42 @@ def test_a_cuda_graph_follows_outliers_that_come_and_go(batch: int) -> None:
             assert torch.equal(replayed, made(x))
 
 
-def test_bf16_activations_beyond_fp16_stay_finite() -> None:
-    made, x = layer(4)
+@pytest.mark.parametrize("threshold", [0.0, THRESHOLD])
+@pytest.mark.parametrize("batch", [1, 33, 300])
+def test_repeated_calls_give_the_ops_bits(batch: int, threshold: float) -> None:
+    made, x = layer(batch)
+    made.state.threshold = threshold
+    with torch.no_grad():
+        expected = ops.int8_linear(x, made.weight.CB, made.weight.SCB, threshold, made.bias)
+        made(x)
+        assert made._repeated is not None
+        assert made._repeated._calls[x.shape] is not None
+        for given in (x, x[None], torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)):
+            for _ in range(3):
+                assert torch.equal(made(given).view_as(expected), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 33, 300])
+def test_repeated_calls_on_several_streams_do_not_disturb_each_other(batch: int) -> None:
+    made, x = layer(batch)
+    inputs = [x, activations(batch, 512, torch.bfloat16, seed=9).cuda(), torch.zeros_like(x)]
+    with torch.no_grad():
+        expected = [made(one) for one in inputs]
+        streams = [torch.cuda.Stream() for _ in inputs]
+        torch.cuda.synchronize()
+        found = [[] for _ in inputs]
+        for _ in range(50):
+            for one, stream, results in zip(inputs, streams, found, strict=True):
+                with torch.cuda.stream(stream):
+                    results.append(made(one))
+        torch.cuda.synchronize()
+    for results, want in zip(found, expected, strict=True):
+        assert all(torch.equal(result, want) for result in results)
+
+
+@pytest.mark.parametrize("batch", [4, 300])
+def test_bf16_activations_beyond_fp16_stay_finite(batch: int) -> None:
+    made, x = layer(batch)
     out = made(x * 1e6)
     assert out.isfinite().all()
     assert out.abs().max() > 65504

@@ -14,6 +14,7 @@ from halfbyte.autograd import MatmulLtState, matmul
 from halfbyte.errors import ArgumentError, CheckpointError
 from halfbyte.nn.holds_8bit import Holds8bit
 from halfbyte.nn.int8_params import Int8Params
+from halfbyte.nn.repeated_8bit import Repeated8bit
 from halfbyte.nn.weight_formats import to_rows
 
 __all__ = ["LayerState", "Linear8bitLt"]
@@ -82,6 +83,7 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
     """
 
     bias: Any
+    _repeated: Repeated8bit | None = None
 
     def __init__(
         self,
@@ -113,11 +115,18 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``x @ weight.T + bias`` in x's dtype."""
         self.state.is_training = self.training
+        if self._repeated is not None and not torch.compiler.is_compiling():
+            repeated = self._repeated.product(self, x)
+            if repeated is not None:
+                return repeated
         weight = self.weight
         if not self.state.has_fp16_weights and isinstance(weight, Int8Params) and weight.is_floating_point():
             # Never moved since it was made: the move quantizes.
             self.weight = weight = weight.to(weight.device)
-        return matmul(x, weight, state=self.state, bias=self.bias)
+        result = matmul(x, weight, state=self.state, bias=self.bias)
+        if not torch.compiler.is_compiling() and not result.requires_grad:
+            self.__dict__["_repeated"] = Repeated8bit.after(self, x, weight)
+        return result
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -14,7 +14,7 @@ from halfbyte.backends.reference import int8 as reference
 from halfbyte.backends.triton.kernels.int8 import _int8_dequantize_kernel, _int8_gather_kernel, _int8_rows_kernel
 from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel
 from halfbyte.backends.triton.kernels.int8_row import _int8_row_kernel
-from halfbyte.formats.int8 import STEP, STEP_SQUARED
+from halfbyte.formats.int8 import STEP
 
 wrong = defaultdict(list)
 torch.manual_seed(2)
@@ -80,12 +80,10 @@ def product(codes, weight, dtype, bias, scales, outliers, full, apart=None):
     x, words = outliers or (None, None)
     a, b, count = apart or (None, None, None)
     grid = (-(-m // 16) * -(-n // 32),)
-    word_rows = 1 if words is None or len(words) == 1 else 32
     _int8_product_kernel[grid](
         codes, weight, out, bias, *scales, x, full, words, a, b, count, THRESHOLD, m, n, k,
-        k if x is None else x.stride(0), STEP, STEP_SQUARED, 16, 32, 32, 4, 2, k % 32 == 0,
-        CAPACITY if apart else 0, 8 if apart else 2, word_rows, dtype == torch.int32, outliers is not None,
-        full is not None, bias is not None,
+        k if x is None else x.stride(0), STEP, 16, 32, 32, 4, 2, k % 32 == 0, CAPACITY if apart else 0,
+        8 if apart else 2, dtype == torch.int32, outliers is not None, full is not None, bias is not None,
     )  # fmt: skip
     return out
 
@@ -96,7 +94,7 @@ def row(x, weight, SCB, threshold, bias):
     words, programs = 64, 2
     planes = 4 if x.dtype == torch.float32 else 3
     _int8_row_kernel[(programs,)](
-        x, weight.view(torch.int32), out, bias, SCB, threshold, n, k // 4, STEP, STEP_SQUARED, 8, words, planes, False,
+        x, weight.view(torch.int32), bias, SCB, out, threshold, n, k // 4, STEP, 8, words, planes, False,
         k == 4 * words, threshold > 0, bias is not None, programs,
     )  # fmt: skip
     return out
@@ -134,10 +132,8 @@ for m, n, k in ((1, 40, 96), (4, 21, 256), (5, 33, 65), (20, 70, 130)):
             for full in (None, (weight * SCB[:, None] / 100).to(dtype)) if threshold else (None,):
                 for given in (None, bias):
                     want = reference.int8_linear(x, weight, SCB, threshold, given, full)
-                    for words in (own, shared) if threshold else (None,):
-                        extra = (x, words) if threshold else None
-                        got = product(codes, weight, dtype, given, (absmax, SCB), extra, full)
-                        expect("product", close(got, want), *what, full is not None)
+                    got = product(codes, weight, dtype, given, (absmax, SCB), (x, own) if threshold else None, full)
+                    expect("product", close(got, want), *what, full is not None)
                     if apart is not None and full is None:
                         got = product(codes, weight, dtype, given, (absmax, SCB), (x, shared), None, apart)
                         expect("product", close(got, want), "apart", *what)
@@ -151,5 +147,27 @@ for value in (float("inf"), float("-inf"), float("nan"), 6e4, 0.0):
         x[0, 7] = value
         want = reference.int8_linear(x, weight, SCB, THRESHOLD)
         expect("row", close(row(x, weight, SCB, THRESHOLD, None), want), value, dtype)
+
+for threshold in (0.0, THRESHOLD):
+    weight, SCB = torch.randint(1, 128, (21, 64)).to(torch.int8), torch.rand(21) * 1e-3
+    x = activations(9, 64, torch.float32)
+    x[0, 7:9], x[4, 2], x[5] = 3e38, -3e38, 1e36
+    finite = torch.tensor([number != 3 for number in range(9)])  # row 3 holds a NaN
+    codes, absmax, own = rows_of(x, threshold, False)
+    again, again_absmax, shared = rows_of(x, threshold, True)
+    ways = {
+        "row": row(x[:1], weight, SCB, threshold, None),
+        "product": product(codes, weight, torch.float32, None, (absmax, SCB), (x, own) if threshold else None, None),
+    }
+    if threshold:
+        gathered = check_gather(shared, x, weight)
+        ways["gathered"] = product(again, weight, x.dtype, None, (again_absmax, SCB), (x, shared), None, gathered)
+    apart = x.double().masked_fill(x.abs() < threshold, 0.0) if threshold else 0.0
+    values = codes.double() * absmax.double().abs()[:, None] / 127 + apart
+    exact = values @ reference.int8_vectorwise_dequant(weight, SCB).double().t()
+    for name, got in ways.items():
+        rows = finite[: len(got)]
+        off, size = (got.double() - exact[: len(got)]).abs()[rows], exact[: len(got)].abs().amax(1, keepdim=True)[rows]
+        expect("huge", bool((off <= 1e-5 * size + 1e-44).all()), name, threshold)
 
 print(json.dumps(wrong))

@@ -16,10 +16,10 @@ from halfbyte.backends.triton.int8_tuning import Tile, closed_form, read, tile_f
 from halfbyte.backends.triton.kernels import int8 as kernels
 from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel
 from halfbyte.backends.triton.kernels.int8_row import _int8_row_kernel
-from halfbyte.formats.int8 import STEP, STEP_SQUARED
+from halfbyte.formats.int8 import STEP
 from tests.backends.triton.compiling import Built, build
 
-CASES = ("rows", "gather", "sums", "product", "row", "dequantize")
+CASES = ("rows", "gather", "sums", "product", "row", "dequantize", "huge")
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_120", "gfx942")
 ALIGNED = ("K", "K4", "N", "x_stride", "first", "columns")
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
@@ -61,9 +61,8 @@ def product(target: str, tile: Tile, dtype: str = "bf16", full: bool = False, ga
         types |= {"apart_x": f"*{dtype}", "apart_weight": f"*{dtype}", "count": "*i32"}
     constants: dict[str, Any] = {name: None for name in OPTIONAL if name not in types}
     constants |= {
-        "STEP": STEP, "STEP_SQUARED": STEP_SQUARED, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BO": 16,
-        "GROUP": tile.group, "CAPACITY": 64 if gathered else 0, "WORDS": 128, "WORD_ROWS": 1 if gathered else 16,
-        "RAW": False, "SPLIT": True, "FULL": full, "BIAS": True,
+        "STEP": STEP, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BO": 16,
+        "GROUP": tile.group, "CAPACITY": 64 if gathered else 0, "WORDS": 128, "RAW": False, "SPLIT": True, "FULL": full, "BIAS": True,
     }  # fmt: skip
     options: dict[str, Any] = {"warps": tile.warps, "num_stages": tile.stages, "aligned": ALIGNED}
     return build(_int8_product_kernel, types, constants | {"EVEN": True}, target=target, **options)
@@ -76,7 +75,7 @@ def row(target: str, tile: Tile, k: int, dtype: str = "bf16") -> Built:
     }  # fmt: skip
     words = 1 << (k // 4 - 1).bit_length()
     constants = {
-        "STEP": STEP, "STEP_SQUARED": STEP_SQUARED, "BN": tile.n, "WORDS": words, "PLANES": 4 if dtype == "fp32" else 3,
+        "STEP": STEP, "BN": tile.n, "WORDS": words, "PLANES": 4 if dtype == "fp32" else 3,
         "ASM": target.startswith("sm_"), "EVEN": words * 4 == k, "SPLIT": True, "BIAS": True, "PROGRAMS": 132,
     }  # fmt: skip
     return build(

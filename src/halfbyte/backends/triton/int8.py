@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from halfbyte.backends.registry import implements
 from halfbyte.backends.triton.device import gpu_of
 from halfbyte.backends.triton.int8_plan import Plan, RowPlan, make_plan, product, quantize
 from halfbyte.backends.triton.kernels.int8 import _int8_dequantize_kernel
-from halfbyte.backends.triton.launch import dense, on_device, start
+from halfbyte.backends.triton.launch import aligned, dense, on_device, start
 from halfbyte.backends.triton.slices import slice_rows
 from halfbyte.formats import int8
 
@@ -103,7 +104,27 @@ def _declines_linear(
 _plans: dict[tuple[Any, ...], Plan | RowPlan] = {}
 
 
-@implements("triton", "int8_linear", declines=_declines_linear)
+def _key(
+    A: Tensor, CB: Tensor, rows: int, x_stride: int, threshold: float, bias: Tensor | None, full: Tensor | None
+) -> tuple[Any, ...]:
+    n, k = CB.shape
+    kind = None if bias is None else bias.dtype
+    return (rows, n, k, x_stride, A.dtype, A.device.index, threshold > 0, full is None, kind)
+
+
+def _prepare(
+    A: Tensor, CB: Tensor, SCB: Tensor, threshold: float, bias: Tensor | None
+) -> Callable[[Tensor], Tensor | None] | None:
+    """The product with contiguous activations of A's shape, dtype and device, while the other tensors stay in place."""
+    n, k = CB.shape
+    tensors = [tensor for tensor in (CB, SCB, bias) if tensor is not None]
+    if not A.numel() or not all(tensor.is_contiguous() for tensor in tensors) or not aligned(*tensors):
+        return None
+    plan = _plans.get(_key(A, CB, A.numel() // k, k, threshold, bias, None))
+    return None if plan is None else plan.repeated(CB, SCB, float(threshold), bias, (*A.shape[:-1], n))
+
+
+@implements("triton", "int8_linear", declines=_declines_linear, prepare=_prepare)
 def int8_linear(
     A: Tensor,
     CB: Tensor,
@@ -122,7 +143,7 @@ def int8_linear(
     x = A if rows == 1 and A.stride(-1) == 1 else _matrix(A)
     x_stride = k if rows == 1 else x.stride(0)
     full = weight if threshold else None
-    key = (rows, n, k, x_stride, A.dtype, index, threshold > 0, full is None, None if bias is None else bias.dtype)
+    key = _key(A, CB, rows, x_stride, threshold, bias, full)
     plan = _plans.get(key)
     if plan is None:
         plan = _plans[key] = make_plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,17 +10,15 @@ import triton
 from torch import Tensor
 
 from halfbyte.backends.triton.device import gpu_of
+from halfbyte.backends.triton.int8_step import Memory, Step, address, aligned_addresses, rows_step
 from halfbyte.backends.triton.int8_tuning import Tile, tile_for
-from halfbyte.backends.triton.kernels.int8 import _int8_gather_kernel, _int8_rows_kernel
+from halfbyte.backends.triton.kernels.int8 import _clear_kernel, _int8_gather_kernel
 from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel
 from halfbyte.backends.triton.kernels.int8_row import _int8_row_kernel
-from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, raw_stream, start
+from halfbyte.backends.triton.launch import ALIGNMENT, on_its_device, start
 from halfbyte.formats import int8
 
 __all__ = ["Plan", "RowPlan", "make_plan", "product", "quantize"]
-
-OWN_WORDS = 16
-"""Rows up to which every row writes its own bits of outlier columns: no memory has to be zeroed before."""
 
 GATHERED_FROM = 256
 """Rows from which outlier columns are copied side by side, for tiles to share."""
@@ -32,87 +31,12 @@ OUTLIERS = 16
 
 WORDS_AT_ONCE = 512
 GATHER_ROWS = 64
+CLEARED_AT_ONCE = 1024
 LARGEST_WITH_FLOATS = 64 * 128
 """Largest tile whose fp32 outliers, or unquantized weight, fit into registers beside its sums."""
 
-
-class _Step:
-    """One kernel of a plan: tensors or addresses are given anew in each call, all else is fixed."""
-
-    __slots__ = ("_constants", "_grid", "_kernel", "_launcher", "_numbers", "_options")
-
-    def __init__(
-        self, kernel: Any, grid: int, numbers: tuple[Any, ...], constants: tuple[Any, ...], **options: Any
-    ) -> None:
-        self._kernel, self._grid, self._numbers, self._constants = kernel, (grid, 1, 1), numbers, constants
-        self._options = options
-        self._launcher = Launcher(kernel, constants, **options)
-
-    def ready(self) -> bool:
-        return self._launcher.compiled()
-
-    def direct(self, index: int, *addresses: Any) -> None:
-        """Launch with addresses for tensors, which are aligned."""
-        self._launcher.direct(self._grid, raw_stream(index), *addresses, *self._numbers)
-
-    def ordinary(self, aligned: bool, *tensors: Any) -> None:
-        """Launch with tensors; compiles at the first call."""
-        if aligned:
-            self._launcher.ordinary(self._grid, *tensors, *self._numbers)
-        else:
-            start(self._kernel, self._grid, *tensors, *self._numbers, *self._constants, **self._options)
-
-
-def _rows_step(rows: int, k: int, x_stride: int, split: bool, shared: bool) -> _Step:
-    block = max(128, min(4096, triton.next_power_of_2(k)))
-    options = {"num_warps": 8 if block >= 2048 else 4, "enable_fp_fusion": False}
-    return _Step(_int8_rows_kernel, rows, (k, x_stride), (split, shared, block), **options)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _aligned(*places: int | None) -> bool:
-    together = 0
-    for place in places:
-        together |= place or 0
-    return together % ALIGNMENT == 0
-
-
-class _Memory:
-    """Tensors between the kernels of one call, in one allocation; None for those that are not there."""
-
-    __slots__ = ("_parts", "_size")
-
-    def __init__(self, *parts: tuple[tuple[int, ...], torch.dtype] | None) -> None:
-        self._parts: list[tuple[int, int, tuple[int, ...], torch.dtype] | None] = []
-        self._size = 0
-        for part in parts:
-            if part is None:
-                self._parts.append(None)
-                continue
-            shape, dtype = part
-            nbytes = torch.Size(shape).numel() * dtype.itemsize
-            self._parts.append((self._size, nbytes, shape, dtype))
-            self._size += -(-nbytes // 256) * 256
-
-    def allocate(self, device: torch.device, zeroed: bool) -> Tensor:
-        """Memory of all parts; ``zeroed``: the first one is."""
-        memory = torch.empty(self._size, dtype=torch.uint8, device=device)
-        if zeroed and self._parts[0] is not None:
-            memory[: self._parts[0][1]].zero_()
-        return memory
-
-    def addresses(self, memory: Tensor) -> list[int | None]:
-        base = memory.data_ptr()
-        return [None if part is None else base + part[0] for part in self._parts]
-
-    def tensors(self, memory: Tensor) -> list[Tensor | None]:
-        return [
-            None if part is None else memory[part[0] : part[0] + part[1]].view(part[3]).view(part[2])
-            for part in self._parts
-        ]
+Repeated = Callable[[Tensor], "Tensor | None"]
+"""A product with activations of one shape; None, with nothing launched, for one that is aligned too little."""
 
 
 class RowPlan:
@@ -126,11 +50,10 @@ class RowPlan:
         programs = min(-(-n // tile.n), gpu_of(index).multiprocessors * tile.stages)
         planes = 4 if dtype == torch.float32 else 3
         constants = (
-            int8.STEP, int8.STEP_SQUARED, tile.n, words, planes, torch.version.hip is None, words * 4 == k, split, bias,
-            programs,
+            int8.STEP, tile.n, words, planes, torch.version.hip is None, words * 4 == k, split, bias, programs,
         )  # fmt: skip
         options = {"num_warps": tile.warps, "enable_fp_fusion": False}
-        self._step = _Step(_int8_row_kernel, programs, (n, k // 4), constants, **options)
+        self._step = Step(_int8_row_kernel, programs, (n, k // 4), constants, **options)
 
     def run(
         self,
@@ -143,13 +66,20 @@ class RowPlan:
         out: Tensor,
     ) -> None:
         """Fill ``out`` on the current stream of the plan's device, which is current."""
-        places = x.data_ptr(), CB.data_ptr(), out.data_ptr(), _address(bias), SCB.data_ptr()
-        aligned = _aligned(*places)
+        places = x.data_ptr(), CB.data_ptr(), address(bias), SCB.data_ptr(), out.data_ptr()
+        aligned = aligned_addresses(*places)
         if aligned and self._step.ready():
             self._step.direct(self._index, *places, threshold)
         else:
             words = CB.clone() if CB.data_ptr() % 4 else CB
-            self._step.ordinary(aligned, x, words.view(torch.int32), out, bias, SCB, threshold)
+            self._step.ordinary(aligned, x, words.view(torch.int32), bias, SCB, out, threshold)
+
+    def repeated(
+        self, CB: Tensor, SCB: Tensor, threshold: float, bias: Tensor | None, shape: tuple[int, ...]
+    ) -> Repeated | None:
+        """``run`` with these tensors as they lie, for other contiguous activations; None where nothing ran yet."""
+        whole = self._step.repeated(self._index, shape, (CB, bias, SCB), threshold)
+        return None if whole is None else on_its_device(whole, self._index)
 
 
 class Plan:
@@ -168,7 +98,7 @@ class Plan:
         bias: Whether there is one.
     """
 
-    __slots__ = ("_gather", "_index", "_memory", "_product", "_rows", "_split", "_zeroed")
+    __slots__ = ("_clear", "_gather", "_index", "_itemsize", "_memory", "_product", "_rows", "_split")
 
     def __init__(
         self,
@@ -184,16 +114,15 @@ class Plan:
         full: bool,
         bias: bool,
     ) -> None:
-        self._index, self._split = index, split
+        self._index, self._split, self._itemsize = index, split, dtype.itemsize
         if split and (full or dtype == torch.float32) and tile.m * tile.n > LARGEST_WITH_FLOATS:
             tile = Tile("pointer", 64, 64, 128, 8, 4, 3)
-        self._zeroed = split and rows > OWN_WORDS
         gathered = split and not full and rows >= GATHERED_FROM
-        self._rows = _rows_step(rows, k, x_stride, split, self._zeroed)
+        self._rows = rows_step(rows, k, x_stride, split, gathered)
         words = -(-k // 32)
         whole = triton.next_power_of_2(words)
-        self._memory = _Memory(
-            ((1 if self._zeroed else rows, words), torch.int32) if split else None,
+        self._memory = Memory(
+            ((1 if gathered else rows, words), torch.int32) if split else None,
             ((rows, k), torch.int8),
             ((rows,), torch.float32),
             ((rows, CAPACITY), dtype) if gathered else None,
@@ -201,18 +130,20 @@ class Plan:
             ((1,), torch.int32) if gathered else None,
         )
         numbers = (rows, n, k, x_stride)
-        self._gather: _Step | None = None
+        self._clear: Step | None = None
+        self._gather: Step | None = None
         if gathered:
+            self._clear = Step(_clear_kernel, -(-words // CLEARED_AT_ONCE), (words,), (CLEARED_AT_ONCE,), num_warps=4)
             blocks = -(-rows // GATHER_ROWS) + -(-n // GATHER_ROWS)
-            shape = (CAPACITY, whole, GATHER_ROWS, OUTLIERS)
-            self._gather = _Step(_int8_gather_kernel, blocks, numbers, shape, num_warps=4)
+            self._gather = Step(
+                _int8_gather_kernel, blocks, numbers, (CAPACITY, whole, GATHER_ROWS, OUTLIERS), num_warps=4
+            )
         tiles = -(-rows // tile.m) * -(-n // tile.n)
-        head = (int8.STEP, int8.STEP_SQUARED, tile.m, tile.n, tile.k, OUTLIERS, tile.group)
+        head = (int8.STEP, tile.m, tile.n, tile.k, OUTLIERS, tile.group)
         at_once = whole if gathered else min(WORDS_AT_ONCE, whole)
-        tail = (CAPACITY if gathered else 0, at_once, 1 if self._zeroed else OWN_WORDS, False, split, full, bias)
+        tail = (CAPACITY if gathered else 0, at_once, False, split, full, bias)
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        constants = (*head, k % tile.k == 0, *tail)
-        self._product = _Step(_int8_product_kernel, tiles, numbers, constants, **options)
+        self._product = Step(_int8_product_kernel, tiles, numbers, (*head, k % tile.k == 0, *tail), **options)
 
     def run(
         self,
@@ -225,32 +156,84 @@ class Plan:
         out: Tensor,
     ) -> None:
         """Fill contiguous ``out`` on the current stream of the plan's device, which is current."""
-        memory = self._memory.allocate(x.device, self._zeroed)
+        memory = torch.empty(self._memory.size, dtype=torch.uint8, device=x.device)
         given: tuple[Any, ...] = x, CB, SCB, bias, full, out
-        places = tuple(map(_address, given))
-        aligned = _aligned(*places)
+        places = tuple(map(address, given))
+        aligned = aligned_addresses(*places)
         between: list[Any]
         direct = aligned and self._product.ready()
         if direct:
             given, between = places, self._memory.addresses(memory)
         else:
             between = self._memory.tensors(memory)
-        for step, arguments in self._steps(given, between):
+        for step, arguments in self._steps(given, between, threshold):
             if direct:
-                step.direct(self._index, *arguments, threshold)
+                step.direct(self._index, *arguments)
             else:
-                step.ordinary(aligned, *arguments, threshold)
+                step.ordinary(aligned, *arguments)
 
-    def _steps(self, given: tuple[Any, ...], between: list[Any]) -> list[tuple[_Step, tuple[Any, ...]]]:
+    def _steps(
+        self, given: tuple[Any, ...], between: list[Any], threshold: float
+    ) -> list[tuple[Step, tuple[Any, ...]]]:
         """The kernels in their order, each with its tensors or addresses."""
         x, CB, SCB, bias, full, out = given
         words, codes, absmax, apart_x, apart_weight, count = between
         source = x if self._split else None
-        steps: list[tuple[_Step, tuple[Any, ...]]] = [(self._rows, (x, codes, absmax, words))]
+        steps: list[tuple[Step, tuple[Any, ...]]] = []
+        if self._clear is not None:
+            steps.append((self._clear, (words,)))
+        steps.append((self._rows, (x, codes, absmax, words, threshold)))
         if self._gather is not None:
-            steps.append((self._gather, (words, x, CB, apart_x, apart_weight, count)))
-        last = (codes, CB, out, bias, absmax, SCB, source, full, words, apart_x, apart_weight, count)
+            steps.append((self._gather, (words, x, CB, apart_x, apart_weight, count, threshold)))
+        last = (codes, CB, out, bias, absmax, SCB, source, full, words, apart_x, apart_weight, count, threshold)
         return [*steps, (self._product, last)]
+
+    def repeated(
+        self, CB: Tensor, SCB: Tensor, threshold: float, bias: Tensor | None, shape: tuple[int, ...]
+    ) -> Repeated | None:
+        """``run`` with these tensors as they lie, for other contiguous activations; None where nothing ran yet.
+
+        Written out: what a loop over the steps costs the host is more than what it saves here.
+        """
+        if not self._product.ready():
+            return None
+        nothing: tuple[Any, int, tuple[Any, ...], tuple[Any, ...]] = (None, 0, (), ())
+        run_clear, clear_grid, clear_head, clear_tail = nothing if self._clear is None else self._clear.opened()
+        run_rows, rows_grid, rows_head, rows_tail = self._rows.opened()
+        run_gather, gather_grid, gather_head, gather_tail = nothing if self._gather is None else self._gather.opened()
+        run_product, grid, head, tail = self._product.opened()
+        index, stream, split = self._index, torch._C._cuda_getCurrentRawStream, self._split  # pyright: ignore[reportPrivateUsage]
+        _, to_codes, to_absmax, to_x, to_weight, to_count = (offset or 0 for offset in self._memory.offsets)
+        weight, scales, added = CB.data_ptr(), SCB.data_ptr(), address(bias)
+        # In the activation's dtype: naming another one costs the host more.
+        size = -(-self._memory.size // self._itemsize)
+
+        def call(x: Tensor) -> Tensor | None:
+            source = x.data_ptr()
+            if source % ALIGNMENT:
+                return None
+            memory, out = x.new_empty(size), x.new_empty(shape)
+            base, current = memory.data_ptr(), stream(index)
+            codes, absmax = base + to_codes, base + to_absmax
+            bits = apart_x = apart_weight = count = None
+            if split:
+                bits = base
+            if run_clear is not None:
+                run_clear(clear_grid, 1, 1, current, *clear_head, bits, *clear_tail)
+            run_rows(rows_grid, 1, 1, current, *rows_head, source, codes, absmax, bits, threshold, *rows_tail)
+            if run_gather is not None:
+                apart_x, apart_weight, count = base + to_x, base + to_weight, base + to_count
+                run_gather(
+                    gather_grid, 1, 1, current, *gather_head,
+                    bits, source, weight, apart_x, apart_weight, count, threshold, *gather_tail,
+                )  # fmt: skip
+            run_product(
+                grid, 1, 1, current, *head, codes, weight, out.data_ptr(), added, absmax, scales,
+                source if split else None, None, bits, apart_x, apart_weight, count, threshold, *tail,
+            )  # fmt: skip
+            return out
+
+        return on_its_device(call, index)
 
 
 def make_plan(
@@ -279,7 +262,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     codes = torch.empty((rows, columns), dtype=torch.int8, device=x.device)
     absmax = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _rows_step(rows, columns, x.stride(0), False, False).ordinary(False, x, codes, absmax, None, 0.0)
+    rows_step(rows, columns, x.stride(0), False, False).ordinary(False, x, codes, absmax, None, 0.0)
     return codes, absmax
 
 
@@ -299,8 +282,8 @@ def product(
         _int8_product_kernel,
         (triton.cdiv(rows, tile.m) * triton.cdiv(n, tile.n),),
         *(codes, weight, out, bias, row_absmax, column_absmax, None, None, None, None, None, None),
-        *(0.0, rows, n, k, k, int8.STEP, int8.STEP_SQUARED, tile.m, tile.n, tile.k, OUTLIERS, tile.group),
-        *(k % tile.k == 0, 0, 1, 1, raw, False, False, bias is not None),
+        *(0.0, rows, n, k, k, int8.STEP, tile.m, tile.n, tile.k, OUTLIERS, tile.group),
+        *(k % tile.k == 0, 0, 1, raw, False, False, bias is not None),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

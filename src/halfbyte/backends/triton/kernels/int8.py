@@ -10,6 +10,7 @@ import triton.language as tl
 __all__ = [
     "_bits",
     "_code",
+    "_clear_kernel",
     "_count",
     "_int8_dequantize_kernel",
     "_int8_gather_kernel",
@@ -18,12 +19,18 @@ __all__ = [
     "_nth_columns",
     "_or",
     "_scale",
+    "_shrinking",
 ]
 
 _TINY = tl.constexpr(2.0**-100)
 _BOOST = tl.constexpr(2.0**100)
 _ROUND = tl.constexpr(1.5 * 2.0**23)
 _ROUND_BITS = tl.constexpr(0x4B400000)
+_SIGN = tl.constexpr(-0x80000000)
+_HUGE = tl.constexpr(0x72000000)
+"""Bits of 2**101: sums of 131072 products of a code and smaller numbers are finite in fp32."""
+_SHRINK = tl.constexpr(2.0**-32)
+_GROW = tl.constexpr(2.0**32)
 
 
 @triton.jit
@@ -50,6 +57,25 @@ def _code(value, boost, scale):
 @triton.jit
 def _or(a, b):
     return a | b
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger of two floats' bits, their signs aside; with a sign if either has one."""
+    return tl.maximum(a & 0x7FFFFFFF, b & 0x7FFFFFFF) | ((a | b) & _SIGN)
+
+
+@triton.jit
+def _shrinking(top):
+    """Factors that keep sums of outliers times codes finite, and undo it, by the sign that rows' absmax have."""
+    huge = top.to(tl.int32, bitcast=True) < 0
+    return tl.where(huge, _SHRINK, 1.0), tl.where(huge, _GROW, 1.0)
+
+
+@triton.jit
+def _clear_kernel(words, COUNT, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(words + place, tl.zeros((BLOCK,), tl.int32), mask=place < COUNT)
 
 
 @triton.jit
@@ -92,7 +118,8 @@ def _int8_rows_kernel(
 ):  # fmt: skip
     """Codes and absmax of one row of ``x``, and with SPLIT a bit for each column where it holds an outlier.
 
-    SHARED: all rows set bits in the same words, which are zero before; else every row writes words of its own.
+    SHARED: all rows set bits in the same words, which are zero before; else every row writes words of its own. A row
+    with an outlier so large that its products with codes may overflow gets its absmax with a minus sign.
     """
     row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
@@ -106,17 +133,17 @@ def _int8_rows_kernel(
         bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         if SPLIT:
             outlier = _is_outlier(value, threshold)
-            bits = tl.where(outlier, 0, bits)
+            bits = tl.where(outlier, tl.where(bits >= _HUGE, _SIGN, 0), bits)
             found = _bits(outlier, BLOCK)
             number = start // 32 + word
             if SHARED:
                 tl.atomic_or(words + number, found, mask=found != 0, sem="relaxed")
             else:
                 tl.store(words + row * tl.cdiv(K, 32) + number, found, mask=number * 32 < K)
-        largest = tl.maximum(largest, bits)
-    top = tl.max(largest, axis=0).to(tl.float32, bitcast=True)
-    tl.store(absmax + row, top)
-    boost, scale = _scale(top)
+        largest = _larger(largest, bits)
+    signed = tl.reduce(largest, 0, _larger)
+    tl.store(absmax + row, signed.to(tl.float32, bitcast=True))
+    boost, scale = _scale((signed & 0x7FFFFFFF).to(tl.float32, bitcast=True))
     for start in range(0, K, BLOCK):
         inside = start + column < K
         value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)

@@ -36,9 +36,9 @@ def _digit(whole):
 
 @triton.jit
 def _int8_row_kernel(
-    x, weight, out, bias, column_absmax, threshold, N, K4,
-    STEP: tl.constexpr, STEP_SQUARED: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr,
-    ASM: tl.constexpr, EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, PROGRAMS: tl.constexpr,
+    x, weight, bias, column_absmax, out, threshold, N, K4,
+    STEP: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr,
+    EVEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """``out = x @ weight.T`` for one row; ``weight`` is ``(N, K4)``, four codes a word, ``K4 <= WORDS``.
 
@@ -102,19 +102,19 @@ def _int8_row_kernel(
             wanted = wanted & inside[None, :]
         upcoming = tl.load(weight + following.to(tl.int64)[:, None] * K4 + word[None, :], mask=wanted, other=0)
         total = tl.sum(_dot4(codes, four[None, :], ASM), axis=1).to(tl.float32)
-        columns = tl.load(column_absmax + n, mask=n < N, other=0.0)
+        columns = tl.load(column_absmax + n, mask=n < N, other=0.0) * STEP
+        # In this order nothing overflows that the result does not: the largest factor comes last.
         if SPLIT:
-            result = total * (top * STEP)
+            result = total * (top * STEP) * columns
             if some:
                 apart = tl.sum(_dot4(codes, last[None, :], ASM), axis=1).to(tl.float32)
                 if PLANES == 4:
                     apart = apart * 256 + tl.sum(_dot4(codes, plane2[None, :], ASM), axis=1).to(tl.float32)
                 apart = apart * 256 + tl.sum(_dot4(codes, plane1[None, :], ASM), axis=1).to(tl.float32)
                 apart = apart * 256 + tl.sum(_dot4(codes, plane0[None, :], ASM), axis=1).to(tl.float32)
-                result += apart * unit
-            result *= columns * STEP
+                result += apart * columns * unit
         else:
-            result = total * (top * STEP_SQUARED) * columns
+            result = total * columns * (top * STEP)
         if BIAS:
             result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(out + n, result.to(out.dtype.element_ty), mask=n < N)

@@ -1,0 +1,98 @@
+"""What int8 plans launch when a call is repeated: the same kernels with the same arguments as the ordinary call."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from halfbyte.backends.triton import int8_plan
+from halfbyte.backends.triton.device import Gpu
+from halfbyte.backends.triton.int8_plan import Plan, RowPlan, make_plan
+from halfbyte.backends.triton.int8_step import Step
+
+N, K = 64, 256
+STREAM = 77
+Seen = list[tuple[str, Any, dict[str, Any]]]
+
+
+class _Compiled:
+    """Stands for a compiled kernel: notes what it is started with."""
+
+    def __init__(self, kernel: JITFunction[Any], seen: Seen) -> None:
+        self._kernel, self._seen = kernel, seen
+
+    def __call__(self, *given: Any) -> None:
+        *grid, stream, function, metadata, _, _, _ = given[:9]
+        assert (stream, function, metadata) == (STREAM, "function", "metadata")
+        arguments = inspect.signature(self._kernel.fn).bind(*given[9:]).arguments
+        self._seen.append((self._kernel.__name__, tuple(grid), dict(arguments)))
+
+
+def compile_all(plan: Plan | RowPlan, seen: Seen) -> None:
+    for name in plan.__slots__:
+        step = getattr(plan, name)
+        if isinstance(step, Step):
+            launcher = step._launcher
+            launcher._run = _Compiled(launcher._kernel, seen)
+            launcher._function, launcher._metadata = "function", "metadata"
+
+
+@pytest.fixture(autouse=True)
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_plan, "gpu_of", lambda index: Gpu("sm_90", 132, 50 << 20, gluon=True))  # noqa: ARG005
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)  # noqa: ARG005
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("halfbyte.backends.triton.launch._version", (3, 9))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("rows", [1, 3, 64, 512])
+def test_a_repeated_call_launches_what_the_ordinary_one_does(rows: int, threshold: float, bias: bool) -> None:
+    dtype = torch.bfloat16
+    x, out = torch.zeros(rows, K, dtype=dtype), torch.zeros(rows, N, dtype=dtype)
+    codes, scales, added = torch.zeros(N, K, dtype=torch.int8), torch.zeros(N), torch.zeros(N) if bias else None
+    plan = make_plan(rows, N, K, K, dtype, 0, split=threshold > 0, full=False, bias=bias)
+    assert plan.repeated(codes, scales, threshold, added, (rows, N)) is None
+    seen: Seen = []
+    compile_all(plan, seen)
+    plan.run(x, codes, scales, threshold, added, None, out)
+    ordinary, seen[:] = list(seen), []
+    call = plan.repeated(codes, scales, threshold, added, (2, rows, N))
+    assert call is not None
+    found = call(x)
+    assert found is not None
+    assert (found.shape, found.dtype) == ((2, rows, N), dtype)
+    assert [(name, grid) for name, grid, _ in seen] == [(name, grid) for name, grid, _ in ordinary]
+    fixed = {x.data_ptr(), codes.data_ptr(), scales.data_ptr(), added.data_ptr() if bias else None}
+    for (_, _, mine), (_, _, theirs) in zip(seen, ordinary, strict=True):
+        assert [name for name in mine if mine[name] is None] == [name for name in theirs if theirs[name] is None]
+        for name, value in theirs.items():
+            assert mine[name] == value or (value > 1 << 20 and value not in fixed), name
+    assert seen[-1][2]["out"] == found.data_ptr()
+    between, before = places(seen), places(ordinary)
+    assert [place - between[0] for place in between] == [place - before[0] for place in before]
+
+
+def places(seen: Seen) -> list[int]:
+    """Addresses of what lies between the kernels."""
+    names = ("words", "codes", "absmax", "row_absmax", "apart_x", "apart_weight", "count")
+    return [given[name] for _, _, given in seen for name in names if given.get(name) is not None]
+
+
+def test_misaligned_activations_are_left_to_the_ordinary_call() -> None:
+    for rows in (1, 3):
+        plan = make_plan(rows, N, K, K, torch.bfloat16, 0, split=True, full=False, bias=False)
+        seen: Seen = []
+        compile_all(plan, seen)
+        call = plan.repeated(torch.zeros(N, K, dtype=torch.int8), torch.zeros(N), 6.0, None, (rows, N))
+        assert call is not None
+        assert call(torch.zeros(rows * K + 1, dtype=torch.bfloat16)[1:].view(rows, K)) is None
+        assert seen == []
