@@ -62,7 +62,8 @@ def product(target: str, tile: Tile, dtype: str = "bf16", full: bool = False, ga
     constants: dict[str, Any] = {name: None for name in OPTIONAL if name not in types}
     constants |= {
         "STEP": STEP, "BM": tile.m, "BN": tile.n, "BK": tile.k, "BO": 16,
-        "GROUP": tile.group, "CAPACITY": 64 if gathered else 0, "WORDS": 128, "RAW": False, "SPLIT": True, "FULL": full, "BIAS": True,
+        "GROUP": tile.group, "CAPACITY": 64 if gathered else 0, "WORDS": 128, "RAW": False, "SPLIT": True,
+        "FULL": full, "BIAS": True,
     }  # fmt: skip
     options: dict[str, Any] = {"warps": tile.warps, "num_stages": tile.stages, "aligned": ALIGNED}
     return build(_int8_product_kernel, types, constants | {"EVEN": True}, target=target, **options)

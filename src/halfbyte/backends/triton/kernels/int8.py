@@ -9,8 +9,8 @@ import triton.language as tl
 
 __all__ = [
     "_bits",
-    "_code",
     "_clear_kernel",
+    "_code",
     "_count",
     "_int8_dequantize_kernel",
     "_int8_gather_kernel",
