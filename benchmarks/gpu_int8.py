@@ -41,7 +41,8 @@ THRESHOLD = 6.0
 ROUNDS = 12
 EAGER_CALLS = 8
 HOST_CALLS = 30
-WARM_SECONDS = 1.0
+WARM_SECONDS = (1.5, 0.3)
+"""Untimed calls of all ways before the first point, and before the others."""
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cuStreamSynchronize", "Memcpy DtoH")
 """What a forward pass that waits for the GPU shows in a trace."""
 
@@ -146,13 +147,13 @@ def _host(calls: Calls) -> list[float]:
     return [taken]
 
 
-def measure(n: int, k: int, batch: int) -> list[dict[str, Any]]:
-    """Rows of one point."""
+def measure(n: int, k: int, batch: int, warm: float) -> list[dict[str, Any]]:
+    """Rows of one point, after ``warm`` seconds."""
     found = ways(weight_of(n, k), activation(batch, k))
     graphs = {who: captured(calls) for who, calls in found.items() if who != "bitsandbytes"}
     taken: dict[tuple[str, str], list[float]] = {}
     begin = time.perf_counter()
-    while time.perf_counter() - begin < WARM_SECONDS:
+    while time.perf_counter() - begin < warm:
         for calls in found.values():
             _eager(calls, 0)
     order = list(found)
@@ -243,7 +244,7 @@ def main() -> None:
             for n, k in SHAPES:
                 if time.perf_counter() - begin > args.seconds:
                     break
-                found = measure(n, k, batch)
+                found = measure(n, k, batch, WARM_SECONDS[bool(rows)])
                 rows += found
                 said = (f"{row['who']} {row['how']} {row['us']} ({row['least']})" for row in found)
                 print(n, k, batch, *said, sep="  ", flush=True)
