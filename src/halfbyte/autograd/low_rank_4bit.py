@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["low_rank_matmul_4bit"]
@@ -31,7 +32,7 @@ class _LowRankMatMul4Bit(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         beside, middle, own_down, own_up = ctx.saved_tensors
-        down, up = own_down.to(grad.dtype), own_up.to(grad.dtype)
+        down, up = _cast(own_down, grad.dtype), _cast(own_up, grad.dtype)
         wants_x, wants_dropped, wants_down, wants_up = ctx.needs_input_grad[:4]
         grad_x = ctx.layer.input_gradient(grad, ctx.weight, ctx.quant_state) if wants_x else None
         if torch.is_grad_enabled() and grad.requires_grad:  # a second derivative is wanted
@@ -40,9 +41,10 @@ class _LowRankMatMul4Bit(torch.autograd.Function):
         before = rows.new_empty(rows.shape[0], up.shape[1]).addmm_(rows, up, beta=0, alpha=ctx.scaling)
         grad_dropped = grad_down = grad_up = None
         if wants_down:
-            grad_down = torch.mm(before.t(), beside.reshape(-1, beside.shape[-1])).to(own_down.dtype)
+            grad_down = _cast(torch.mm(before.t(), beside.reshape(-1, beside.shape[-1])), own_down.dtype)
         if wants_up:
-            grad_up = rows.new_empty(up.shape).addmm_(rows.t(), middle, beta=0, alpha=ctx.scaling).to(own_up.dtype)
+            grad_up = rows.new_empty(up.shape).addmm_(rows.t(), middle, beta=0, alpha=ctx.scaling)
+            grad_up = _cast(grad_up, own_up.dtype)
         if ctx.own_input:
             grad_dropped = torch.mm(before, down).view(beside.shape) if wants_dropped else None
         elif grad_x is not None:
@@ -50,11 +52,15 @@ class _LowRankMatMul4Bit(torch.autograd.Function):
         return grad_x, grad_dropped, grad_down, grad_up, None, None
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
+
+
 def _forward(x: Tensor, beside: Tensor, down: Tensor, up: Tensor, scaling: float, layer: Any) -> tuple[Tensor, Tensor]:
     """The sum, and ``beside @ down.T``."""
-    down, up = down.to(x.dtype), up.to(x.dtype)
+    down, up = _cast(down, x.dtype), _cast(up, x.dtype)
     result: Tensor = layer(x)
-    middle = torch.mm(beside.reshape(-1, beside.shape[-1]), down.t())
+    middle = F.linear(beside.reshape(-1, beside.shape[-1]), down)
     result.view(-1, result.shape[-1]).addmm_(middle, up.t(), alpha=scaling)
     return result, middle
 
@@ -73,10 +79,16 @@ def _differentiable(
     return None if grad_x is None else grad_x + through, None, grad_down, grad_up
 
 
+# What Function.apply calls in the end, after a search for wrappers of torch.func.
+_apply: Any = super(torch.autograd.Function, _LowRankMatMul4Bit).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def low_rank_matmul_4bit(
     x: Tensor, layer: Any, down: Tensor, up: Tensor, scaling: float, dropped: Tensor | None = None
 ) -> Tensor:
     """``layer(x) + scaling * (dropped @ down.T) @ up.T``; the sum is taken in fp32 and rounded once.
+
+    Not under transforms of torch.func, which know no such step.
 
     Args:
         x: ``(..., K)`` in the layer's compute dtype.
@@ -91,6 +103,6 @@ def low_rank_matmul_4bit(
     """
     tensors = (x, down, up) if dropped is None else (x, dropped, down, up)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _LowRankMatMul4Bit.apply(x, dropped, down, up, scaling, layer)  # pyright: ignore[reportReturnType]
+        return _apply(x, dropped, down, up, scaling, layer)
     beside = x if dropped is None else dropped
     return _forward(x, beside, down, up, scaling, layer)[0]

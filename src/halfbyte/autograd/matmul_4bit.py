@@ -14,7 +14,7 @@ from halfbyte.errors import QuantStateMissingError
 from halfbyte.functional import dequantize_4bit, format_of, kernel_scales
 from halfbyte.quant_state import QuantState
 
-__all__ = ["MatMul4Bit", "RepeatedMatMul4Bit", "gradient_4bit", "matmul_4bit"]
+__all__ = ["MatMul4Bit", "gradient_4bit", "matmul_4bit", "repeated_matmul_4bit"]
 
 _ops = torch.ops.halfbyte
 _DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass  # pyright: ignore[reportPrivateUsage]
@@ -45,7 +45,7 @@ class MatMul4Bit(torch.autograd.Function):
         return grad_A, None, None, grad_bias, None
 
 
-class RepeatedMatMul4Bit(torch.autograd.Function):
+class _RepeatedMatMul4Bit(torch.autograd.Function):
     """:class:`MatMul4Bit` of a layer that knows short ways for the product and its gradient.
 
     It saves what the other one saves: checkpointing allows no difference between a forward pass and its repetition.
@@ -70,6 +70,28 @@ class RepeatedMatMul4Bit(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_A = ctx.layer.input_gradient(grad, ctx.weight, ctx.quant_state)
         return grad_A, None, grad_bias, None, None
+
+
+# What Function.apply calls in the end: it looks for wrappers of torch.func first, for longer than all else here takes.
+_apply_repeated: Any = super(torch.autograd.Function, _RepeatedMatMul4Bit).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def repeated_matmul_4bit(
+    A: Tensor, B: Tensor, bias: Tensor | None, layer: Any, call: Callable[[Tensor], Tensor | None]
+) -> Tensor:
+    """:func:`matmul_4bit` of a layer that knows a short way, with gradients; not under transforms of torch.func.
+
+    Args:
+        A: ``(..., K)``.
+        B: The layer's Params4bit.
+        bias: The layer's own, in A's dtype.
+        layer: Gives the gradient: ``layer.input_gradient(grad, B, B.quant_state)``.
+        call: Gives the product with A, or None where it cannot.
+
+    Returns:
+        ``(..., N)`` in A's dtype.
+    """
+    return _apply_repeated(A, B, bias, layer, call)
 
 
 def gradient_4bit(grad: Tensor, B: Tensor, quant_state: QuantState) -> Tensor:

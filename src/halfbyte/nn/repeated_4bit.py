@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import RepeatedMatMul4Bit
+from halfbyte.autograd import repeated_matmul_4bit
 from halfbyte.backends import registry
 from halfbyte.functional import format_of, kernel_scales
 from halfbyte.quant_state import QuantState, changes
@@ -70,7 +70,7 @@ class Repeated:
         if not self._has(bias) or not self._holds(weight):
             return None
         if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return RepeatedMatMul4Bit.apply(x, weight, bias, layer, call)  # pyright: ignore[reportReturnType]
+            return repeated_matmul_4bit(x, weight, bias, layer, call)
         return call(x)
 
     def gradient(self, grad: Tensor, weight: Tensor) -> Tensor | None:
