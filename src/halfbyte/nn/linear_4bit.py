@@ -67,7 +67,7 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``x @ weight.T + bias``, computed in the compute dtype, returned in x's."""
-        if self._repeated is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._repeated is not None:  # no graph is to depend on the latter
             repeated = self._repeated.product(self, x)
             if repeated is not None:
                 return repeated
