@@ -326,3 +326,45 @@ def test_compiles_with_inductor(requires_grad: bool) -> None:
         (found,) = torch.autograd.grad(out.sum(), x)
         (expected,) = torch.autograd.grad(layer(x).sum(), x)
         assert torch.equal(found, expected)
+
+
+def loaded(layer: Linear8bitLt) -> Linear8bitLt:
+    fresh = layer_of(seed=7, move=False)
+    fresh.load_state_dict(layer.state_dict())
+    return fresh
+
+
+def loaded_from_meta(layer: Linear8bitLt) -> Linear8bitLt:
+    fresh = Linear8bitLt(K, N, has_fp16_weights=False, threshold=THRESHOLD, device="meta")
+    fresh.load_state_dict(layer.state_dict(), assign=True)
+    return fresh
+
+
+def called(layer: Linear8bitLt) -> Linear8bitLt:
+    layer(activations(5, K))
+    return layer
+
+
+EXPORTED = {
+    "moved": lambda layer: layer, "called": called, "loaded": loaded, "loaded from meta": loaded_from_meta,
+    "deepcopy": copy.deepcopy, "pickle": KEPT["pickle"], "weight.to": weight_moved_by_hand,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_layer_has_its_scales_after_saving_and_loading(name: str) -> None:
+    layer, x = EXPORTED[name](layer_of()), activations(5, K)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(torch.nn.Sequential(layer), (activations(3, K),), dynamic_shapes=({0: batch},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    assert torch.equal(torch.export.load(file).module()(x), layer(x))
+    assert type(layer.weight) is Int8Params
+    assert layer.weight.SCB is not None
+
+
+def test_a_replaced_weight_is_exported_with_its_own_scales() -> None:
+    layer, other, x = called(layer_of()), layer_of(seed=5), activations(3, K)
+    layer.weight = other.weight
+    assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -57,6 +58,16 @@ class LayerState(MatmulLtState):
             self._weight.SCB = value
 
 
+class _Own:
+    """The layer's weight, not kept alive; what is built from it by copying or pickling is None."""
+
+    def __init__(self, weight: Int8Params) -> None:
+        self.weight = weakref.ref(weight)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
 class Linear8bitLt(Holds8bit, torch.nn.Linear):
     """``torch.nn.Linear`` by LLM.int8().
 
@@ -84,6 +95,7 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
 
     bias: Any
     _repeated: Repeated8bit | None = None
+    _own: _Own | None = None
 
     def __init__(
         self,
@@ -123,16 +135,39 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
         if not self.state.has_fp16_weights and isinstance(weight, Int8Params) and weight.is_floating_point():
             # Never moved since it was made: the move quantizes.
             self.weight = weight = weight.to(weight.device)
+        if torch.compiler.is_compiling():
+            return matmul(x, weight, state=self._traced_state(weight), bias=self.bias)
         result = matmul(x, weight, state=self.state, bias=self.bias)
-        if not torch.compiler.is_compiling() and not result.requires_grad:
+        if self._own is None or self._own.weight() is not weight:
+            self._remember("weight")
+        if not result.requires_grad:
             self.__dict__["_repeated"] = Repeated8bit.after(self, x, weight)
         return result
+
+    def _traced_state(self, weight: Tensor) -> MatmulLtState:
+        """torch.export puts plain codes in the weight's place while it traces: the scales are those of the weight."""
+        own = None if self._own is None or isinstance(weight, Int8Params) else self._own.weight()
+        if own is None or weight.dtype != torch.int8 or weight.shape != own.shape:
+            return self.state
+        state = MatmulLtState(CB=weight, SCB=own.SCB)
+        state.threshold, state.has_fp16_weights = self.state.threshold, False
+        return state
+
+    def _remember(self, name: str) -> None:
+        weight = self._parameters[name]
+        self.__dict__["_own"] = _Own(weight) if isinstance(weight, Int8Params) else None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight" and isinstance(value, Int8Params):
+            self._remember(name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         held: MatmulLtState = self.__dict__["state"]  # bitsandbytes pickled a state without its layer
         if not isinstance(held, LayerState):
             self._take_over(held)
+        self._remember("weight")
 
     def _take_over(self, old: MatmulLtState) -> None:
         """Become a layer of halfbyte's after bitsandbytes pickled it: codes and scales lie in one of three places.
