@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from halfbyte.autograd import low_rank_matmul_4bit
 from halfbyte.backends.reference import four_bit as reference
 from halfbyte.functional import dequantize_4bit, kernel_scales
 from halfbyte.nn import Linear4bit
@@ -84,6 +85,24 @@ def test_many_rows_are_repeated_directly_forward_and_backward(dtype: torch.dtype
     assert layer._repeated is not None
     assert layer._repeated.product(layer, x) is not None
     assert layer._repeated.gradient(upstream, layer.weight) is not None
+
+
+@pytest.mark.parametrize("rows", [1, 300, 3000])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_low_rank_product_beside_a_layer_is_near_the_exact_sum_with_its_gradients(rows: int, dropout: bool) -> None:
+    layer = layer_of(bias=False)
+    x, dropped = (torch.randn(2, rows, 256, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    down, up = (torch.randn(size, device="cuda", dtype=torch.bfloat16) * 0.1 for size in ((16, 256), (160, 16)))
+    upstream = torch.randn(2, rows, 160, device="cuda", dtype=torch.bfloat16)
+    inputs = [tensor.requires_grad_() for tensor in ((x, dropped, down, up) if dropout else (x, down, up))]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+    product = exact[0] @ weight.t() + 2.0 * (exact[-3] @ exact[-2].t()) @ exact[-1].t()
+    expected = [product, *torch.autograd.grad(product, exact, upstream.double())]
+    for _ in range(3):  # planned, prepared, repeated
+        found = low_rank_matmul_4bit(x, layer, down, up, 2.0, dropped if dropout else None)
+        for own, right in zip([found, *torch.autograd.grad(found, inputs, upstream)], expected, strict=True):
+            assert (own.double() - right).norm() <= 0.006 * right.norm()
 
 
 def test_a_repeated_call_on_misaligned_activations_is_right() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from halfbyte.autograd import low_rank_matmul_4bit
 from halfbyte.backends import registry
-from halfbyte.nn import Linear4bit
+from halfbyte.nn import Linear4bit, fix_4bit_weight_quant_state_from_module
 
 __all__ = ["extend"]
 
@@ -81,8 +81,9 @@ def _fits(x: Tensor, base: Any, down: Any, up: Any) -> bool:
     parameter = torch.nn.Parameter
     if type(down) is not parameter or type(up) is not parameter or down.dtype is not up.dtype or x.dim() < 2:
         return False
-    if getattr(base._parameters["weight"], "quant_state", None) is None or base.compute_dtype_for(x) is not x.dtype:
+    if base.quant_state is None or base.compute_dtype_for(x) is not x.dtype:
         return False
+    fix_4bit_weight_quant_state_from_module(base)  # as the layer itself does, after sharding wrappers
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind) is x.dtype
