@@ -72,10 +72,16 @@ class Repeated8bit:
             return bias is None and self._bias is None
         return bias is self._bias() and bias.data_ptr() == added
 
+    def _refused(self, x: Tensor) -> bool:
+        """Whether the backend was asked about such an activation, and offered nothing."""
+        return self._calls.get(x.shape, _UNKNOWN) is None and x.dtype is self._dtype and x.device == self._device
+
     @staticmethod
     def after(layer: Any, x: Tensor, weight: Any) -> Repeated8bit | None:
         """What the layer keeps after the ordinary product with ``x``: as much as it had, if that still holds."""
         own: Repeated8bit | None = layer._repeated
+        if own is not None and own._refused(x):
+            return own
         bias, threshold = layer._parameters["bias"], layer.state.threshold
         scales = getattr(weight, "SCB", None)
         if not isinstance(weight, Int8Params) or weight.dtype != torch.int8 or scales is None:
