@@ -1,9 +1,13 @@
-"""A small model end to end on the CPU: dense bf16 and fp32, halfbyte NF4, bitsandbytes NF4, each in its own process.
+"""A small model end to end on the CPU: dense, halfbyte NF4, bitsandbytes NF4 (as it comes and canonical), in turn.
 
-Usage: python benchmarks/cpu_model.py MODEL_DIR [--text FILE] [--peer PYTHON] [--threads 1] [--rounds 2]
-The processes take turns, --rounds times; figures are the best of a process's repetitions and then of the rounds.
+Usage: python benchmarks/cpu_model.py [--model DIR | --wheels DIR] [--peer PYTHON] [--peer-path DIR] [--threads 2]
+The model is SmolLM2-135M-Instruct as the demo gets it; ``--wheels`` names a folder that holds the two packages of
+``halfbyte/demo/assets.py``, for machines without a network. Each form has a process of its own; all are loaded first,
+then each in turn reads the prompt and writes some tokens, round by round, while the others sleep. "canonical" is
+bitsandbytes as it comes on CPUs without AVX512-BF16; where there is, ``eval`` mode repacks its weights at first use.
 Times are CPU time of the process when --threads is 1 (others on the machine then hardly show), wall time otherwise.
-Perplexity is that of the first windows of 512 tokens of --text. ``peak_mb``: greatest resident memory after loading.
+Perplexity is that of the first windows of 512 tokens of two speeches; "dequantized" is the same model with its weights
+decoded by ``dequantize_4bit`` into ordinary layers. ``peak_mb``: greatest resident memory of the process.
 """
 
 from __future__ import annotations
@@ -13,24 +17,26 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-FORMS = ("dense bf16", "dense fp32", "halfbyte bf16", "halfbyte fp32", "bitsandbytes bf16", "bitsandbytes fp32")
-PROMPT, NEW, WINDOW = 256, 24, 512
+FORMS = ("dense bf16", "halfbyte bf16", "bitsandbytes bf16", "bitsandbytes-canonical bf16", "halfbyte fp32")
+PROMPT, TOKENS, WINDOW = 256, 8, 512
 
 
-def child(form: str, model_dir: str, text: str, windows: int, threads: int) -> None:
-    """Load, measure, print one JSON line."""
+def load(form: str, model_dir: str) -> Any:
+    """The model in one form, as a user of transformers loads it."""
     who, kind = form.split()
     if who == "halfbyte":
         import halfbyte
 
         halfbyte.install_as_bitsandbytes()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    torch.set_num_threads(threads)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
     config = None
     if who != "dense":
@@ -38,81 +44,202 @@ def child(form: str, model_dir: str, text: str, windows: int, threads: int) -> N
     model = AutoModelForCausalLM.from_pretrained(
         model_dir, dtype=dtype, quantization_config=config, device_map={"": "cpu"}
     ).eval()
-    ids = AutoTokenizer.from_pretrained(model_dir)(
-        Path(text).read_text(encoding="utf-8"), return_tensors="pt"
-    ).input_ids
-    clock = time.process_time if threads == 1 else time.perf_counter
-    with torch.inference_mode():
-        prompt = ids[:, :PROMPT]
-        model(prompt)
-        prompts: list[float] = []
-        for _ in range(3):
-            begun = clock()
-            cache = model(prompt, use_cache=True).past_key_values
-            prompts.append(clock() - begun)
-        token, steps = prompt[:, -1:], []
-        for _ in range(NEW):
-            begun = clock()
-            out = model(token, past_key_values=cache, use_cache=True)
+    if who == "bitsandbytes-canonical":
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def dequantize(model: Any) -> None:
+    """Put ordinary layers with the decoded weights in place of halfbyte's."""
+    import torch
+
+    from halfbyte import functional, nn
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear4bit):
+            plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            weight = functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            plain.weight = torch.nn.Parameter(weight.to(layer.compute_dtype), requires_grad=False)
+            model.set_submodule(name, plain)
+
+
+class Child:
+    """What a process answers to the words that it reads."""
+
+    def __init__(self, form: str, model_dir: str, text: str, threads: int, windows: int) -> None:
+        import torch
+        from transformers import AutoTokenizer
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.model = load(form, model_dir)
+        self.ids = AutoTokenizer.from_pretrained(model_dir)(text, return_tensors="pt").input_ids
+        self.windows = windows
+        self.clock: Callable[[], float] = time.process_time if threads == 1 else time.perf_counter
+        self.turn()  # what is done once: compiling, repacking
+
+    def turn(self) -> dict[str, object]:
+        prompt, steps = self.ids[:, :PROMPT], list[float]()
+        begun = self.clock()
+        cache = self.model(prompt, use_cache=True).past_key_values
+        taken = self.clock() - begun
+        token = prompt[:, -1:]
+        for _ in range(TOKENS):
+            begun = self.clock()
+            out = self.model(token, past_key_values=cache, use_cache=True)
             token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-            steps.append(clock() - begun)
-        total, count = 0.0, 0
-        for i in range(windows):
-            window = ids[0, i * WINDOW : (i + 1) * WINDOW]
-            logits = model(window[None]).logits[0, :-1].float()
+            steps.append(self.clock() - begun)
+        return {"prompt": taken, "steps": steps}
+
+    def perplexity(self) -> dict[str, object]:
+        import torch
+
+        total = 0.0
+        for i in range(self.windows):
+            window = self.ids[0, i * WINDOW : (i + 1) * WINDOW]
+            logits = self.model(window[None]).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-            count += WINDOW - 1
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    found = {
-        "prompt_ms": round(min(prompts) * 1e3, 1),
-        "token_ms": round(min(steps) * 1e3, 2),
-        "token_median_ms": round(sorted(steps)[NEW // 2] * 1e3, 2),
-        "perplexity": round(float(torch.tensor(total / max(1, count)).exp()), 4) if windows else "",
-        "weights_mb": round(weights / 1e6, 1),
-        "peak_mb": round(int(peak.split()[1]) / 1e3),
-    }
-    print("FOUND " + json.dumps(found), flush=True)
+        return {"perplexity": float(torch.tensor(total / (self.windows * (WINDOW - 1))).exp())}
+
+    def dequantized(self) -> dict[str, object]:
+        dequantize(self.model)
+        return self.perplexity()
+
+    def memory(self) -> dict[str, object]:
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        weights = sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
+        return {"weights_mb": round(weights / 1e6, 1), "peak_mb": round(int(peak.split()[1]) / 1e3)}
+
+
+class Peer:
+    """A process that holds one form."""
+
+    def __init__(self, form: str, words: list[str], environment: dict[str, str]) -> None:
+        self.form = form
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process lives
+        self.process = subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
+        )
+
+    def ask(self, word: str) -> dict[str, Any]:
+        """Send a word, wait for the answer; ``""`` only waits."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        if word:
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("FOUND "):
+                return json.loads(line.removeprefix("FOUND "))
+        self.log.seek(0)
+        raise RuntimeError(f"{self.form} stopped\n{self.log.read()[-1500:]}")
+
+
+def answer(args: argparse.Namespace) -> None:
+    child = Child(args.child, args.model, Path(args.text).read_text(encoding="utf-8"), args.threads, args.windows)
+    print("FOUND {}", flush=True)
+    for line in sys.stdin:
+        print("FOUND " + json.dumps(getattr(child, line.strip())()), flush=True)
+
+
+def assets(args: argparse.Namespace) -> tuple[str, str]:
+    """Folder of the model, and the text."""
+    if args.wheels:
+        os.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": args.wheels, "HF_HUB_OFFLINE": "1"}
+    from halfbyte.demo import assets as demo
+
+    text = "\n\n".join(demo.speech(name) for name in ("1981-Carter-1", "1905-Roosevelt-1"))
+    return args.model or str(demo.model_dir(print, use_hub=False)), text
+
+
+def start(args: argparse.Namespace, model: str, text: str) -> list[Peer]:
+    peers: list[Peer] = []
+    for form in args.forms.split(","):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+        foreign = form.startswith("bitsandbytes")
+        if foreign and args.peer_path:
+            environment["PYTHONPATH"] = f"{args.peer_path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+        words = [args.peer if foreign else sys.executable, __file__, "--child", form, "--model", model, "--text", text]
+        words += ["--threads", str(args.threads), "--windows", str(args.windows)]
+        peers.append(Peer(form, words, environment))
+    for peer in peers:
+        peer.ask("")
+    return peers
+
+
+def measure(peers: list[Peer], args: argparse.Namespace) -> list[dict[str, object]]:
+    begun = time.perf_counter()
+    turns: dict[str, list[dict[str, Any]]] = {peer.form: [] for peer in peers}
+    for number in range(args.rounds):
+        for peer in peers if number % 2 else peers[::-1]:
+            time.sleep(0.05)  # until the threads of the one before have gone to sleep
+            turns[peer.form].append(peer.ask("turn"))
+        if number and time.perf_counter() - begun > args.seconds:
+            break
+    rows: list[dict[str, object]] = []
+    for peer in peers:
+        took = turns[peer.form]
+        steps = sorted(step for turn in took for step in turn["steps"])
+        prompts = sorted(turn["prompt"] for turn in took)
+        row: dict[str, object] = {
+            "who": peer.form,
+            "token_ms": round(steps[0] * 1e3, 2),
+            "token_median_ms": round(steps[len(steps) // 2] * 1e3, 2),
+            "tokens_s": round(1 / steps[len(steps) // 2], 1),
+            "prompt_ms": round(prompts[0] * 1e3, 1),
+            "prompt_median_ms": round(prompts[len(prompts) // 2] * 1e3, 1),
+            **peer.ask("memory"),
+            "perplexity": "",
+            "dequantized": "",
+            "rounds": len(took),
+        }
+        print(row, flush=True)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder of a causal language model")
-    parser.add_argument("--text", help="text for prompts and perplexity", required=True)
-    parser.add_argument("--peer", help="interpreter that has bitsandbytes; left out: no comparison with it")
+    parser.add_argument("--model", help="folder of the model, already converted")
+    parser.add_argument("--wheels", help="folder with the packages of the model and the text")
+    parser.add_argument("--peer", default=sys.executable, help="interpreter for the forms of bitsandbytes")
+    parser.add_argument("--peer-path", help="folder that has bitsandbytes, for that interpreter")
+    parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--windows", type=int, default=2, help="windows for the perplexity (first round)")
+    parser.add_argument("--rounds", type=int, default=12, help="at most")
+    parser.add_argument("--seconds", type=float, default=40.0, help="no further round once this has passed")
+    parser.add_argument("--windows", type=int, default=4, help="windows for the perplexity; 0 for none")
     parser.add_argument("--out", default="cpu_model.csv")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--text", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child, args.model, args.text, args.windows, args.threads)
+        answer(args)
         return
     import common
 
-    best: dict[str, dict[str, object]] = {}
-    for number in range(args.rounds):
-        for form in FORMS:
-            python = args.peer if form.startswith("bitsandbytes") else sys.executable
-            if python is None:
-                continue
-            words = [python, __file__, args.model, "--text", args.text, "--threads", str(args.threads)]
-            words += ["--windows", str(args.windows if number == 0 else 0), "--child", form]
-            environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
-            done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-            line = next((x for x in done.stdout.splitlines() if x.startswith("FOUND ")), None)
-            if line is None:
-                print(f"{form}: failed\n{done.stderr[-1500:]}", flush=True)
-                continue
-            found = json.loads(line.removeprefix("FOUND "))
-            print(form, found, flush=True)
-            known = best.setdefault(form, found)
-            for name in ("prompt_ms", "token_ms", "token_median_ms"):
-                known[name] = min(known[name], found[name])
-    clock = "cpu" if args.threads == 1 else "wall"
-    rows = [{"who": form, **found, "threads": args.threads, "clock": clock} for form, found in best.items()]
-    print(common.write_csv(args.out, rows))
+    with tempfile.TemporaryDirectory() as folder:
+        model, text = assets(args)
+        file = Path(folder) / "text"
+        file.write_text(text, encoding="utf-8")
+        peers = start(args, model, str(file))
+        rows = measure(peers, args)
+        facts = {"threads": args.threads, "clock": "cpu" if args.threads == 1 else "wall"}
+        written = common.write_csv(args.out, [{**row, **facts} for row in rows])
+        for peer, row in zip(peers, rows, strict=True):
+            if args.windows:
+                row["perplexity"] = round(peer.ask("perplexity")["perplexity"], 4)
+                if peer.form.startswith("halfbyte"):
+                    row["dequantized"] = round(peer.ask("dequantized")["perplexity"], 4)
+                print(peer.form, "perplexity", row["perplexity"], row["dequantized"], flush=True)
+                common.write_csv(args.out, [{**row, **facts} for row in rows])
+        for peer in peers:
+            assert peer.process.stdin is not None
+            peer.process.stdin.close()
+            peer.process.wait()
+    print(written)
 
 
 if __name__ == "__main__":
