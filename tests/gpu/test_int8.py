@@ -5,6 +5,7 @@ import torch
 
 import halfbyte.functional as F
 from halfbyte.backends.reference import int8 as reference
+from halfbyte.errors import ArgumentError
 from halfbyte.nn import Linear8bitLt
 from tests.support.hard_inputs import DTYPES
 from tests.support.int8_inputs import THRESHOLD, activations, int8_weight
@@ -175,6 +176,15 @@ def test_bf16_activations_beyond_fp16_stay_finite(batch: int) -> None:
     out = made(x * 1e6)
     assert out.isfinite().all()
     assert out.abs().max() > 65504
+
+
+def test_a_layer_on_the_cpu_refuses_an_activation_on_the_gpu() -> None:
+    made, x = layer(3)
+    with torch.no_grad():
+        made(x), made(x)
+        with pytest.raises(ArgumentError, match="8-bit layer is on cpu"):
+            made.cpu()(x)
+        assert made.cuda()(x).isfinite().all()
 
 
 def test_scales_stay_with_a_layer_that_goes_to_the_cpu_and_back() -> None:

@@ -12,10 +12,11 @@ pytest.importorskip("triton")
 import torch
 from triton.runtime.jit import JITFunction
 
-from halfbyte.backends.triton import int8_plan
+from halfbyte.backends.triton import int8, int8_plan
 from halfbyte.backends.triton.device import Gpu
 from halfbyte.backends.triton.int8_plan import Plan, RowPlan, make_plan
 from halfbyte.backends.triton.int8_step import Step
+from halfbyte.errors import ArgumentError
 
 N, K = 64, 256
 STREAM = 77
@@ -96,3 +97,12 @@ def test_misaligned_activations_are_left_to_the_ordinary_call() -> None:
         assert call is not None
         assert call(torch.zeros(rows * K + 1, dtype=torch.bfloat16)[1:].view(rows, K)) is None
         assert seen == []
+
+
+@pytest.mark.parametrize("away", ["CB", "SCB", "bias", "weight"])
+def test_tensors_on_another_device_reach_no_kernel(away: str) -> None:
+    tensors: dict[str, Any] = {"CB": torch.zeros(N, K, dtype=torch.int8), "SCB": torch.zeros(N)}
+    tensors |= {"bias": torch.zeros(N), "weight": torch.zeros(N, K)}
+    tensors[away] = tensors[away].to("meta")
+    with pytest.raises(ArgumentError, match=r"8-bit layer is on meta(.*\n)*.*layer\.to\(device\)"):
+        int8.int8_linear(torch.zeros(2, K), threshold=6.0, **tensors)

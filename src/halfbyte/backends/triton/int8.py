@@ -15,6 +15,7 @@ from halfbyte.backends.triton.int8_plan import Plan, RowPlan, make_plan, product
 from halfbyte.backends.triton.kernels.int8 import _int8_dequantize_kernel
 from halfbyte.backends.triton.launch import aligned, dense, on_device, start
 from halfbyte.backends.triton.slices import slice_rows
+from halfbyte.errors import ArgumentError
 from halfbyte.formats import int8
 
 __all__ = ["int8_linear", "int8_linear_dgrad", "int8_linear_matmul", "int8_scaled_mm", "int8_vectorwise_quant"]
@@ -101,6 +102,17 @@ def _declines_linear(
     return _unfit(A, CB)
 
 
+def _check_devices(A: Tensor, *tensors: Tensor | None) -> None:
+    """Refuse tensors that A's GPU cannot read: a compiled kernel gets addresses, and would end the use of the GPU."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device != A.device:
+            raise ArgumentError(
+                f"a tensor of the 8-bit layer is on {tensor.device}",
+                expected=f"{A.device}, where the activation is",
+                hint="move the layer, not its tensors: layer.to(device) takes the scales along",
+            )
+
+
 _plans: dict[tuple[Any, ...], Plan | RowPlan] = {}
 
 
@@ -134,6 +146,7 @@ def int8_linear(
     weight: Tensor | None = None,
 ) -> Tensor:
     """LLM.int8() of every row by itself, without a step that waits for the GPU."""
+    _check_devices(A, CB, SCB, bias, weight)
     n, k = CB.shape
     rows = A.numel() // k
     index = A.device.index
