@@ -251,6 +251,15 @@ def test_a_product_that_wants_gradients_is_repeated_with_them(
     torch.testing.assert_close(third, first)
 
 
+@pytest.mark.usefixtures("repeats")
+def test_strided_gradients_are_repeated(repeated_gradients: list[torch.Size]) -> None:
+    layer, x = layer_of(bias=False), X.clone().requires_grad_()
+    for _ in range(3):
+        (found,) = torch.autograd.grad(layer(x).sum(), x)  # of a sum: one value, expanded
+    torch.testing.assert_close(found, torch.ones(3, 32) @ reference_weight(layer))
+    assert repeated_gradients == [torch.Size((3, 32))]
+
+
 @pytest.mark.parametrize("change", [replace_weight, replace_data, replace_offset, replace_data_of_the_second_level])
 @pytest.mark.usefixtures("repeats")
 def test_gradients_are_those_of_the_weight_that_was_multiplied(

@@ -30,7 +30,7 @@ class _LowRankMatMul4Bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
+        grad = grads[0].contiguous()
         beside, middle, own_down, own_up = ctx.saved_tensors
         down, up = _cast(own_down, grad.dtype), _cast(own_up, grad.dtype)
         wants_x, wants_dropped, wants_down, wants_up = ctx.needs_input_grad[:4]

@@ -96,6 +96,7 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
             weight: Of that product: the layer may have another one by now.
             state: The weight's.
         """
+        grad = grad.contiguous()
         repeated = None if torch.compiler.is_compiling() else self._repeated
         found = None if repeated is None else repeated.gradient(grad, weight)
         if found is not None:
