@@ -108,5 +108,3 @@ def _renew_peft_layers() -> None:
                 importlib.reload(module)
                 if name == "peft.tuners.randlora.bnb":
                     _extend_randlora()
-                if name == "peft.tuners.lora.bnb":
-                    _extend_lora()
