@@ -117,6 +117,21 @@ def test_a_row_that_is_not_finite_spoils_no_other_row(value: float, threshold: f
     assert not absmax[2].isfinite()
 
 
+@pytest.mark.parametrize("threshold", [0.0, THRESHOLD])
+@pytest.mark.parametrize("batch", [1, 5, 20])
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_activations_near_the_largest_values_of_bf16_give_finite_results(
+    all_of_them: bool, batch: int, threshold: float
+) -> None:
+    A, (CB, SCB) = activations(batch, 512, torch.bfloat16, outliers=False), int8_weight(40, 512)
+    A[0, 7] = 3e38
+    if all_of_them:
+        A, SCB = torch.full_like(A, 3e38) * A.sign(), SCB * 1e-3
+    exact = A.double() @ (CB.double() * SCB.double()[:, None] / 127).t()
+    out = ops.int8_linear(A, CB, SCB, threshold)
+    assert ((out.double() - exact).abs() <= 0.02 * exact.abs().amax(1, keepdim=True)).all()  # false for NaN
+
+
 def test_an_infinite_outlier_gives_the_infinity_that_the_weights_sign_says() -> None:
     A = activations(1, 64, outliers=False)
     A[0, 5] = float("inf")

@@ -106,8 +106,11 @@ def _scaled_product(A: Tensor, B: Tensor, row_stats: Tensor, col_stats: Tensor) 
 
 
 def _scale(sums: Tensor, row_stats: Tensor, col_stats: Tensor) -> Tensor:
-    """fp32 products from their int32 sums of codes, two-dimensional."""
-    return _rows(sums).float() * (row_stats.view(-1, 1) * int8.STEP_SQUARED) * col_stats.view(1, -1)
+    """fp32 products from their int32 sums of codes, two-dimensional.
+
+    Activations may be huge, weights are not: in this order nothing overflows that the result does not.
+    """
+    return _rows(sums).float() * (col_stats.view(1, -1) * int8.STEP) * (row_stats.view(-1, 1) * int8.STEP)
 
 
 @implements("reference", "int8_mm_dequant")

@@ -8,7 +8,7 @@ from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.levels import Level
 from halfbyte.backends.cpu.kernels.ssa import F32, I8, I16, I32, I64, Type, Value, Variable
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float, store_float
-from halfbyte.formats.int8 import CODE_MAX, STEP, STEP_SQUARED
+from halfbyte.formats.int8 import CODE_MAX, STEP
 
 __all__ = ["NO_THRESHOLD", "PRODUCT_ARGUMENTS", "QUANTIZE_ARGUMENTS", "emit_product", "emit_quantize"]
 
@@ -227,7 +227,9 @@ class _Product:
             return
         column_absmax = e.load(F32, self.column_absmax + (row << 2))
         row_absmax = e.load(F32, self.row_absmax + (member << 2))
-        result = e.variable(F32, e.convert("sitofp", total, "float") * (row_absmax * STEP_SQUARED) * column_absmax)
+        # Activations may be huge, weights are not: in this order nothing overflows that the result does not.
+        scaled = e.convert("sitofp", total, "float") * (column_absmax * STEP) * (row_absmax * STEP)
+        result = e.variable(F32, scaled)
         if self.split:
             result.set(result.get() + self.apart(row, member, column_absmax))
         with e.when(e.compare("ne", self.bias, e.const(I64, 0))):
