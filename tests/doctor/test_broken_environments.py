@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.environments import (
     CUDA_STUB_VERSION,
@@ -68,6 +69,7 @@ def test_a_torch_that_hangs(tmp_path: Path):
     assert "no answer in 1.5 s" in run.check("TORCH105")["summary"]
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="the installed torch is built for CUDA")
 def test_a_cpu_only_torch_beside_a_gpu(with_torch: Environment):
     root = nvidia_tree(with_torch.folder / "tree", driver="550.54.14")
     run = with_torch.run("--root", str(root))
@@ -146,8 +148,9 @@ def test_a_local_file_that_shadows_torch(with_torch: Environment):
 def test_a_library_path_that_breaks_the_import_is_found_by_taking_it_away(with_torch: Environment, tmp_path: Path):
     folder = tmp_path / "old-libraries"
     folder.mkdir()
-    # Any shared library that is not libc10 will do: the loader takes it, and torch's symbols are not in it.
-    (folder / "libc10.so").write_bytes(some_shared_library().read_bytes())
+    # Any other shared library will do: the loader takes it, and the symbols that torch wants are not in it. torch's own
+    # libraries would not do: some wheels name their folder in a way that comes before the path.
+    (folder / "libstdc++.so.6").write_bytes(some_shared_library().read_bytes())
     run = with_torch.run("--only", "TORCH105", LD_LIBRARY_PATH=f"/opt:{folder}")
     check = run.check("TORCH105")
     assert (run.code, check["status"]) == (2, "fail")
