@@ -84,15 +84,13 @@ class Step:
             ok = ok & self._finite(state)
         if active is not None:
             ok = ok & active
-        if BRANCH:
-            every = e.call(f"llvm.vector.reduce.and.{ok.type.suffix}", Type("i1"), [ok])
-            places = [e.variable(new.type, new) for new in (stepped, *fresh)]
-            with e.when(e.compare("eq", every, 0)):
-                for place, old in zip(places, (p, *states), strict=True):
-                    place.set(e.select(ok, place.get(), old))
-            return places[0].get(), [place.get() for place in places[1:]]
-        kept = [e.select(ok, new, old) for new, old in zip(fresh, states, strict=True)]
-        return e.select(ok, stepped, p), kept
+        # Nearly always all are: then nothing is left to choose.
+        kept = [e.variable(new.type, new) for new in (stepped, *fresh)]
+        every = e.call(f"llvm.vector.reduce.and.{ok.type.suffix}", Type("i1"), [ok])
+        with e.when(e.compare("eq", every, 0)):
+            for new, old in zip(kept, (p, *states), strict=True):
+                new.set(e.select(ok, new.get(), old))
+        return kept[0].get(), [state.get() for state in kept[1:]]
 
 
 def _random(e: Emitter, element: Value, seed: Value, lanes: int) -> Value:
@@ -142,6 +140,11 @@ def emit_32bit(
                 e.store(value, place, volatile=True)
 
 
+def gathers(level: Level) -> bool:
+    """Whether tables are read by gathers."""
+    return level.lanes == 16
+
+
 class _Codes:
     """One 8-bit state: its arguments, blocks of it in fp32 on the stack, the absmax of one so far.
 
@@ -159,7 +162,7 @@ class _Codes:
         self._shift = e.splat(e.convert("trunc", shift, "i32"), level.lanes)
         self._mask = (e.const(self._shift.type, 1) << self._shift) - 1
         self._values, self._slots = e.buffer(F32, slots * blocksize), slots
-        self._gathers, self._blocksize = level.lanes == 16, blocksize
+        self._gathers, self._blocksize = gathers(level), blocksize
         self._keys = e.buffer(I32, 0 if self._gathers else blocksize)
         self._largest = e.variable(Type("i32", level.lanes), 0)
 
@@ -239,6 +242,57 @@ class _Codes:
 UNROLLED = 8
 """Table entries that are read in a row."""
 
+AHEAD = 2048
+"""Bytes that fp32 parameters and gradients are fetched ahead: hardware stops at the end of a page."""
+
+
+class _Walk:
+    """Steps and encodes blocks, of which the caller says which."""
+
+    def __init__(
+        self, e: Emitter, level: Level, args: dict[str, Value], step: Step, states: list[_Codes], **variant: Any
+    ) -> None:
+        self._e, self._level, self._args, self._step, self._states = e, level, args, step, states
+        self._dtype, self._grad, self._blocksize, self._random = (
+            variant[name] for name in ("dtype", "grad", "blocksize", "random")
+        )
+        self._blocks = Blocks(e, level, "f32")
+
+    def _load(self, name: str, element: Value, dtype: str) -> tuple[Value, Value]:
+        at = self._args[name] + element * ITEMSIZE[dtype]
+        if dtype == "f32":
+            self._e.prefetch(at + AHEAD)
+        return at, load_float(self._e, self._level, at, dtype, self._level.lanes)
+
+    def _some(self, block: Value, place: Value) -> None:
+        e, level = self._e, self._level
+        element = block * self._blocksize + place
+        at, p = self._load("param", element, self._dtype)
+        _, g = self._load("grad", element, self._grad)
+        p, fresh = self._step(p, g, [state.decode(element) for state in self._states])
+        bits = _random(e, element + self._args["first"], self._args["seed"], level.lanes) if self._random else None
+        _store(e, level, p, at, self._dtype, bits)
+        for state, value in zip(self._states, fresh, strict=True):
+            state.keep(value, place)
+
+    def step(self, block: Value, behind: list[Value] | None = None) -> None:
+        """Step the block; with the factors of the one before it, encode that one meanwhile."""
+        for state in self._states:
+            state.begin(block)
+        with self._e.loop(0, self._blocksize, self._level.lanes) as place:
+            self._some(block, place)
+            for state, factor in zip(self._states if behind else [], behind or [], strict=True):
+                state.encode_some(block - 1, place, factor)
+
+    def scale(self, block: Value) -> list[Value]:
+        """Store the scales of the block that was stepped last; returns the factors to encode it with."""
+        return [state.scale(block, self._blocks) for state in self._states]
+
+    def encode(self, block: Value, factors: list[Value]) -> None:
+        """Store the block's codes."""
+        for state, factor in zip(self._states, factors, strict=True):
+            state.encode(block, factor)
+
 
 def emit_8bit(
     e: Emitter,
@@ -254,61 +308,20 @@ def emit_8bit(
 ) -> None:
     """Write the step over 8-bit states in whole blocks of ``blocksize``; ``signs``: s or u for each state's map."""
     args = {name: e.argument(name) for name in ARGUMENTS_8BIT}
-    algorithm = rule_named(rule)
-    step = Step(e, level, algorithm, args["hyper"], skip_zeros)
-    behind = PIPELINED and level.lanes == 16
-    states = [
-        _Codes(e, level, args, number, blocksize, sign == "s", 2 if behind else 1) for number, sign in enumerate(signs)
-    ]
-    walk = Blocks(e, level, "f32")
-
-    def step_some(block: Value, place: Value) -> None:
-        element = block * blocksize + place
-        at = args["param"] + element * ITEMSIZE[dtype]
-        if AHEAD:
-            e.prefetch(at + AHEAD)
-            e.prefetch(args["grad"] + element * ITEMSIZE[grad] + AHEAD)
-        p = load_float(e, level, at, dtype, level.lanes)
-        g = load_float(e, level, args["grad"] + element * ITEMSIZE[grad], grad, level.lanes)
-        p, fresh = step(p, g, [state.decode(element) for state in states])
-        bits = _random(e, element + args["first"], args["seed"], level.lanes) if random else None
-        _store(e, level, p, at, dtype, bits)
-        for state, value in zip(states, fresh, strict=True):
-            state.keep(value, place)
-
-    def begin(block: Value) -> None:
-        for state in states:
-            state.begin(block)
-
+    step = Step(e, level, rule_named(rule), args["hyper"], skip_zeros)
+    slots = 2 if gathers(level) else 1
+    states = [_Codes(e, level, args, number, blocksize, sign == "s", slots) for number, sign in enumerate(signs)]
+    walk = _Walk(e, level, args, step, states, dtype=dtype, grad=grad, blocksize=blocksize, random=random)
     with e.pieces() as piece:
         start = piece * args["blocks_a_piece"]
-        stop = start + args["blocks_a_piece"]
-        stop = e.least(stop, args["blocks"])
-        if not behind:
+        stop = e.least(start + args["blocks_a_piece"], args["blocks"])
+        if slots == 1:
             with e.loop(start, stop) as block:
-                begin(block)
-                with e.loop(0, blocksize, level.lanes) as place:
-                    step_some(block, place)
-                factors = [state.scale(block, walk) for state in states]
-                for state, factor in zip(states, factors, strict=True):
-                    state.encode(block, factor)
-        else:
-            # While a block is stepped, the one before is encoded: roots keep other units busy than tables do.
-            begin(start)
-            with e.loop(0, blocksize, level.lanes) as place:
-                step_some(start, place)
-            with e.loop(start + 1, stop) as block:
-                factors = [state.scale(block - 1, walk) for state in states]
-                begin(block)
-                with e.loop(0, blocksize, level.lanes) as place:
-                    step_some(block, place)
-                    for state, factor in zip(states, factors, strict=True):
-                        state.encode_some(block - 1, place, factor)
-            factors = [state.scale(stop - 1, walk) for state in states]
-            for state, factor in zip(states, factors, strict=True):
-                state.encode(stop - 1, factor)
-
-
-PIPELINED = True
-BRANCH = True
-AHEAD = 0
+                walk.step(block)
+                walk.encode(block, walk.scale(block))
+            return
+        # A block is encoded while the next is stepped: roots and quotients keep other units busy than tables do.
+        walk.step(start)
+        with e.loop(start + 1, stop) as block:
+            walk.step(block, walk.scale(block - 1))
+        walk.encode(stop - 1, walk.scale(stop - 1))
