@@ -5,6 +5,7 @@ import torch
 
 import halfbyte.functional as F
 from halfbyte.backends.reference import int8 as reference
+from halfbyte.backends.triton import int8, int8_plan
 from halfbyte.errors import ArgumentError
 from halfbyte.nn import Linear8bitLt
 from tests.support.hard_inputs import DTYPES
@@ -17,6 +18,13 @@ SHAPES = [
     (1, 4096, 64), (1, 63, 5), (1, 512, 48), (1, 14336, 40), (3, 65, 33), (16, 128, 100), (17, 300, 70),
     (200, 1000, 129), (600, 512, 260),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outlier columns are copied side by side from 256 rows on, however small the product."""
+    monkeypatch.setattr(int8_plan, "GATHERED_WORK", 0)
+    monkeypatch.setattr(int8, "_plans", {})
 
 
 def on_gpu(batch: int, columns: int, rows: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -35,6 +43,20 @@ def test_products_are_the_references(shape: tuple[int, int, int], threshold: flo
     expected = reference.int8_linear(A.float(), CB, SCB, threshold, bias)
     terms = A.double().abs() @ (CB.double().abs() * SCB.double()[:, None] / 127).t() + bias.double().abs()
     allowed = terms * TOLERANCES["int8 product"].relative + expected.double().abs() * rounding(dtype).relative
+    close("product", found, expected, Tolerance(1.0, "both rows of the table"), allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(300, 1024, 100), (600, 512, 260), (257, 14336, 40)])
+def test_outlier_columns_that_are_not_copied_side_by_side_are_looked_up(
+    shape: tuple[int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8_plan, "GATHERED_WORK", 1 << 60)
+    A, CB, SCB = on_gpu(*shape, dtype)
+    found = ops.int8_linear(A, CB, SCB, THRESHOLD).double().cpu()
+    expected = reference.int8_linear(A.cpu().float(), CB.cpu(), SCB.cpu(), THRESHOLD).double()
+    terms = A.cpu().double().abs() @ (CB.cpu().double().abs() * SCB.cpu().double()[:, None] / 127).t()
+    allowed = terms * TOLERANCES["int8 product"].relative + expected.abs() * rounding(dtype).relative
     close("product", found, expected, Tolerance(1.0, "both rows of the table"), allowed)
 
 

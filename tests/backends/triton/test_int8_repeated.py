@@ -50,12 +50,13 @@ def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8_plan, "gpu_of", lambda index: Gpu("sm_90", 132, 50 << 20, gluon=True))  # noqa: ARG005
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)  # noqa: ARG005
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(int8_plan, "GATHERED_WORK", 512 * N * K)
     monkeypatch.setattr("halfbyte.backends.triton.launch._version", (3, 9))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
-@pytest.mark.parametrize("rows", [1, 3, 64, 512])
+@pytest.mark.parametrize("rows", [1, 3, 64, 300, 512])
 def test_a_repeated_call_launches_what_the_ordinary_one_does(rows: int, threshold: float, bias: bool) -> None:
     dtype = torch.bfloat16
     x, out = torch.zeros(rows, K, dtype=dtype), torch.zeros(rows, N, dtype=dtype)
@@ -71,6 +72,7 @@ def test_a_repeated_call_launches_what_the_ordinary_one_does(rows: int, threshol
     found = call(x)
     assert found is not None
     assert (found.shape, found.dtype) == ((2, rows, N), dtype)
+    assert len(seen) == (1 if rows == 1 else 4 if rows == 512 and threshold else 2)
     assert [(name, grid) for name, grid, _ in seen] == [(name, grid) for name, grid, _ in ordinary]
     fixed = {x.data_ptr(), codes.data_ptr(), scales.data_ptr(), added.data_ptr() if bias else None}
     for (_, _, mine), (_, _, theirs) in zip(seen, ordinary, strict=True):

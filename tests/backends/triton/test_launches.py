@@ -26,6 +26,7 @@ from halfbyte.backends.triton import (
     gemm,
     grouped,
     int8,
+    int8_plan,
     optimizer,
     quantize,
     tune,
@@ -214,9 +215,12 @@ def test_the_experts_launches_fit_their_kernels(rows: int, nested: bool, launche
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0, 0, 6], ids=repr)
 @pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, 64, 512])
-def test_the_int8_plans_launches_fit_their_kernels(rows: int, full: bool, threshold: float, launches: Launches) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 64, 512, 1024])
+def test_the_int8_plans_launches_fit_their_kernels(
+    rows: int, full: bool, threshold: float, launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
     n, k = 256, 512
+    monkeypatch.setattr(int8_plan, "GATHERED_WORK", 1024 * n * k)
     x, codes = torch.zeros(rows, k, dtype=torch.float16), torch.zeros(n, k, dtype=torch.int8)
     bias, beside = torch.zeros(n, dtype=torch.float16), torch.zeros(n, k, dtype=torch.float16) if full else None
     int8.int8_linear(x, codes, torch.zeros(n), threshold, bias, beside)
@@ -229,7 +233,7 @@ def test_the_int8_plans_launches_fit_their_kernels(rows: int, full: bool, thresh
         assert [name for name, _ in launches] == ["_int8_row_kernel"]
         assert last["K4"] == k // 4
         return
-    gathered = split and not full and rows >= 256
+    gathered = split and not full and rows == 1024
     first = ["_clear_kernel"] * gathered
     names = [*first, "_int8_rows_kernel", *["_int8_gather_kernel"] * gathered, "_int8_product_kernel"]
     assert [name for name, _ in launches] == names
