@@ -22,7 +22,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,23 +73,30 @@ def quantized(kind: Any, weight: Tensor, count: int) -> list[Any]:
     return [first]
 
 
-def ways(weight: Tensor, x: Tensor) -> dict[str, Calls]:
-    """Who -> calls, one for each copy of the weight. Refuses products that are off by more than 2 %."""
-    (n, k), half = weight.shape, x.half()
-    count = copies_for(n * k)
+def layers(weight: Tensor) -> dict[str, list[Any]]:
+    """Who -> functions of the activation, one for each copy of the weight."""
+    (n, k), count = weight.shape, copies_for(weight.numel())
     dense = [weight.clone() for _ in range(max(2, count // 2))]
-    found: dict[str, Calls] = {"F.linear fp16": [lambda w=w: F.linear(half, w) for w in dense]}
     modules: list[Any] = []
     for tensor in dense:
         module = torch.nn.Linear(k, n, bias=False, device="meta")
         module.weight = torch.nn.Parameter(tensor, requires_grad=False)
         modules.append(module)
-    found["nn.Linear fp16"] = [lambda layer=layer: layer(half) for layer in modules]
-    given = x.bfloat16()
-    found["halfbyte"] = [lambda layer=layer: layer(given) for layer in quantized(Linear8bitLt, weight, count)]
+    found: dict[str, list[Any]] = {
+        "F.linear fp16": [lambda x, w=w: F.linear(x, w) for w in dense],
+        "nn.Linear fp16": modules,
+        "halfbyte": quantized(Linear8bitLt, weight, count),
+    }
     peer = _peer()
-    if peer is not None:
-        found["bitsandbytes"] = [lambda layer=layer: layer(half) for layer in quantized(peer, weight, 1)]
+    return found if peer is None else {**found, "bitsandbytes": quantized(peer, weight, 1)}
+
+
+def ways(made: dict[str, list[Any]], weight: Tensor, x: Tensor) -> dict[str, Calls]:
+    """Who -> calls. halfbyte gets bf16, the others fp16. Refuses products that are off by more than 2 %."""
+    given = {who: x.to(torch.bfloat16 if who == "halfbyte" else torch.float16) for who in made}
+    found: dict[str, Calls] = {
+        who: [lambda one=one, a=given[who]: one(a) for one in functions] for who, functions in made.items()
+    }
     expected = x @ weight.float().t()
     for who, calls in found.items():
         for call in calls:
@@ -147,9 +154,8 @@ def _host(calls: Calls) -> list[float]:
     return [taken]
 
 
-def measure(n: int, k: int, batch: int, warm: float) -> list[dict[str, Any]]:
+def measure(found: dict[str, Calls], warm: float) -> list[dict[str, Any]]:
     """Rows of one point, after ``warm`` seconds."""
-    found = ways(weight_of(n, k), activation(batch, k))
     graphs = {who: captured(calls) for who, calls in found.items() if who != "bitsandbytes"}
     taken: dict[tuple[str, str], list[float]] = {}
     begin = time.perf_counter()
@@ -164,9 +170,8 @@ def measure(n: int, k: int, batch: int, warm: float) -> list[dict[str, Any]]:
             taken.setdefault((who, "host"), []).extend(_host(calls))
             if who in graphs:
                 taken.setdefault((who, "graph"), []).extend(_graph(graphs[who], len(calls)))
-    point = {"n": n, "k": k, "batch": batch}
     return [
-        {**point, "who": who, "how": how, "us": round(sorted(us)[len(us) // 2], 1), "least": round(min(us), 1)}
+        {"who": who, "how": how, "us": round(sorted(us)[len(us) // 2], 1), "least": round(min(us), 1)}
         for (who, how), us in taken.items()
     ]
 
@@ -199,18 +204,17 @@ def _on_gpu(event: Any) -> bool:
     return event.device_type == torch.autograd.DeviceType.CUDA
 
 
-def trace() -> list[dict[str, Any]]:
+def traces() -> Iterator[list[dict[str, Any]]]:
     """Rows of every batch with and without outliers at the first shape."""
     n, k = SHAPES[0]
-    weight, rows = weight_of(n, k), list[dict[str, Any]]()
+    weight = weight_of(n, k)
     for who, kind in (("halfbyte", Linear8bitLt), ("bitsandbytes", _peer())):
+        (layer,) = quantized(kind, weight, 1) if kind is not None else (None,)
         for batch in BATCHES if kind is not None else ():
             for outliers in (False, True):
                 x = activation(batch, k, outliers)
                 x = x.bfloat16() if who == "halfbyte" else x.half()
-                (layer,) = quantized(kind, weight, 1)
-                rows += traced(who, lambda layer=layer, x=x: layer(x), batch, outliers)
-    return rows
+                yield traced(who, lambda layer=layer, x=x: layer(x), batch, outliers)
 
 
 def _peer() -> Any:
@@ -235,17 +239,20 @@ def main() -> None:
     gpu = {"gpu": torch.cuda.get_device_name()}
     with torch.no_grad():
         if args.trace:
-            rows = trace()
-            for row in rows:
-                print(*row.values(), flush=True)
-            print(write_csv("gpu_int8_trace.csv", [{**row, **gpu} for row in rows], args.out))
+            for found in traces():
+                rows += found
+                print(*(" ".join(map(str, row.values())) for row in found), sep="\n", flush=True)
+                path = write_csv("gpu_int8_trace.csv", [{**row, **gpu} for row in rows], args.out)
+            print(path)
             return
-        for batch in BATCHES:
-            for n, k in SHAPES:
+        for n, k in SHAPES:
+            weight = weight_of(n, k)
+            made = layers(weight)
+            for batch in BATCHES:
                 if time.perf_counter() - begin > args.seconds:
                     break
-                found = measure(n, k, batch, WARM_SECONDS[bool(rows)])
-                rows += found
+                found = measure(ways(made, weight, activation(batch, k)), WARM_SECONDS[bool(rows)])
+                rows += [{"n": n, "k": k, "batch": batch, **row} for row in found]
                 said = (f"{row['who']} {row['how']} {row['us']} ({row['least']})" for row in found)
                 print(n, k, batch, *said, sep="  ", flush=True)
                 path = write_csv("gpu_int8.csv", [{**row, **gpu} for row in rows], args.out)
