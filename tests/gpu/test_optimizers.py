@@ -436,6 +436,23 @@ def test_a_step_of_many_parameters_can_be_captured_in_a_graph() -> None:
         assert (p - q).abs().max() < 1e-4
 
 
+def test_gradients_that_move_leave_no_tables_behind() -> None:
+    parameters = many(300)
+    optimizer = optim.AdamW8bit(parameters, lr=1e-3)
+    values = [p.grad for p in parameters]
+    taken: list[int] = []
+    before: list[list[torch.Tensor]] = []
+    for _ in range(40):
+        before.append(values)  # so that the next ones lie elsewhere
+        values = [value.clone() for value in values]
+        for p, value in zip(parameters, values, strict=True):
+            p.grad = value
+        optimizer.step()
+        held = {value.data_ptr(): value.untyped_storage().nbytes() for held in [*before, values] for value in held}
+        taken.append(torch.cuda.memory_allocated() - sum(-(-size // 512) * 512 for size in held.values()))
+    assert taken[-1] - taken[1] <= 1 << 19
+
+
 def test_nothing_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

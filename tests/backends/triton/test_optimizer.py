@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import triton.language as tl
 
 from halfbyte.backends.triton.kernels import optimizer as kernels
 from halfbyte.backends.triton.kernels.optimizer import _optimizer_kernel
-from halfbyte.backends.triton.optimizer import VALUES, plan
+from halfbyte.backends.triton.optimizer import MOST_ROWS, VALUES, plan
 from halfbyte.backends.triton.rules import function_of, source_of
 from halfbyte.formats.dynamic import dynamic_map
 from halfbyte.rules import FIELDS, rule_named, rule_names
@@ -150,3 +151,21 @@ def test_whole_programs_and_the_rest_are_launched_apart() -> None:
     # Its first program is the third of the second tensor.
     assert rest.table[:, 9].tolist()[1:] == [-2, 1]
     assert whole.table[1, :9].tolist() == [*addresses, 2 * VALUES + 1]
+
+
+def test_tables_of_gradients_that_move_are_let_go_and_those_that_stay_are_kept() -> None:
+    device, sizes = torch.device("cpu"), (VALUES,) * 1000
+
+    def at(place: int) -> bytes:
+        return np.full((1000, 8), 16 * place, np.int64).tobytes()
+
+    first = weakref.ref(plan(at(1), sizes, VALUES, device)[0].table)
+    owners = plan(at(1), sizes, VALUES, device)[0].owners
+    assert plan(at(1), sizes, VALUES, device)[0].table is first()
+    for place in range(2, 20):
+        (launch,) = plan(at(place), sizes, VALUES, device)
+        assert launch.owners is owners
+    assert first() is None
+    large = (VALUES,) * (MOST_ROWS + 1)
+    addresses = np.full((len(large), 8), 16, np.int64).tobytes()
+    assert plan(addresses, large, VALUES, device) is plan(addresses, large, VALUES, device)

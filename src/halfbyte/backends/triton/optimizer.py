@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +126,15 @@ class Launch:
     owners: Tensor
 
 
-@functools.lru_cache(maxsize=256)
+MOST_ROWS = 4096
+"""Tensors whose addresses are kept on the device, in all plans together but the last: gradients often move."""
+
+_lock = threading.Lock()
+_plans: OrderedDict[tuple[Any, ...], tuple[Launch, ...]] = OrderedDict()
+_captured: dict[int, Launch] = {}
+"""Launches that a CUDA graph repeats, which nobody says is gone."""
+
+
 def plan(addresses: bytes, sizes: tuple[int, ...], each: int, device: torch.device) -> tuple[Launch, ...]:
     """The launches that step these tensors: whole programs, then what is left.
 
@@ -136,6 +146,17 @@ def plan(addresses: bytes, sizes: tuple[int, ...], each: int, device: torch.devi
         each: Values of one program.
         device: Where they are.
     """
+    key = (addresses, sizes, each, device)
+    with _lock:  # steps inside the backward pass come from its threads
+        found = _plans.pop(key, None) or _planned(addresses, sizes, each, device)
+        _plans[key] = found
+        rows = sum(len(other[1]) for other in _plans)
+        while rows > MOST_ROWS and len(_plans) > 1:
+            rows -= len(_plans.popitem(last=False)[0][1])
+    return found
+
+
+def _planned(addresses: bytes, sizes: tuple[int, ...], each: int, device: torch.device) -> tuple[Launch, ...]:
     words, values = np.frombuffer(addresses, np.int64).reshape(len(sizes), 8), np.asarray(sizes, np.int64)
     odd = (words[:, :5] % 16).any(axis=1)
     whole = np.where(odd, 0, values // each)
@@ -145,11 +166,19 @@ def plan(addresses: bytes, sizes: tuple[int, ...], each: int, device: torch.devi
             continue
         # A tensor's first program here steps what lies behind the programs before.
         table = np.column_stack([words, values, np.cumsum(counts) - counts - before])
-        owners = np.repeat(np.arange(len(sizes), dtype=np.int32), counts)
         with torch.inference_mode(False):
-            parts = [torch.from_numpy(part).to(device, non_blocking=True) for part in (table, owners)]
-            launches.append(Launch(masked, *parts))
+            moved = torch.from_numpy(table).to(device, non_blocking=True)
+        launches.append(Launch(masked, moved, _owners(counts.tobytes(), device)))
     return tuple(launches)
+
+
+@functools.lru_cache(maxsize=16)
+def _owners(counts: bytes, device: torch.device) -> Tensor:
+    """The tensor of each program, int32, where tensor by tensor has so many (int64) programs."""
+    programs = np.frombuffer(counts, np.int64)
+    owners = np.repeat(np.arange(len(programs), dtype=np.int32), programs)
+    with torch.inference_mode(False):
+        return torch.from_numpy(owners).to(device, non_blocking=True)
 
 
 def _addresses(
@@ -220,8 +249,11 @@ def _prepared(
     def run(hyper: Tensor, seed: int) -> None:
         loaded = hyper.device.type != "cpu"
         numbers = [0.0] * len(FIELDS) if loaded else hyper.tolist()
+        captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         with on_device(device.index):
             for launch, p, g in launches:
+                if captured:
+                    _captured[id(launch)] = launch
                 launcher = launcher_for(launch, p, g, seed >= 0, loaded)
                 pointers = (launch.table, launch.owners, hyper if loaded else launch.table)
                 programs = launch.owners.numel()
