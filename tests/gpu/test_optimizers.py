@@ -450,7 +450,7 @@ def test_gradients_that_move_leave_no_tables_behind() -> None:
         optimizer.step()
         held = {value.data_ptr(): value.untyped_storage().nbytes() for held in [*before, values] for value in held}
         taken.append(torch.cuda.memory_allocated() - sum(-(-size // 512) * 512 for size in held.values()))
-    assert taken[-1] - taken[1] <= 1 << 19
+    assert taken[-1] - taken[1] <= 1 << 20
 
 
 def test_nothing_warns() -> None:
