@@ -140,9 +140,27 @@ def _extend_4bit(quantizer: Any) -> None:
 
     if hasattr(quantizer, "get_quantize_ops"):
         quantizer.get_quantize_ops = get_quantize_ops
-    if hasattr(quantizer, "get_load_operations"):  # older transformers names its conversions itself
+    if hasattr(quantizer, "get_load_operations"):
         quantizer.get_load_operations = get_load_operations
+    elif hasattr(quantizer, "get_weight_conversions"):  # older transformers makes the operation itself
+        quantizer.get_weight_conversions = _with_readable_errors(quantizer.get_weight_conversions)
     quantizer._dequantize = _dequantize
+
+
+def _with_readable_errors(conversions: Any) -> Any:
+    def get_weight_conversions(self: Any) -> list[Any]:
+        from halfbyte.integrations.transformers_operations import Damaged, Deserialize4bit
+
+        vars(self).setdefault("damaged", Damaged())
+        found = list(conversions(self))
+        for conversion in found:
+            conversion.operations = [
+                Deserialize4bit(self) if type(each).__name__ == "Bnb4bitDeserialize" else each
+                for each in conversion.operations
+            ]
+        return found
+
+    return get_weight_conversions
 
 
 _LOADING = frozenset({"transformers.integrations.bitsandbytes", "halfbyte.integrations.transformers_operations"})
