@@ -1,6 +1,9 @@
 """The kernels of AVX-512 and AMX, run without either: every instruction of theirs stands in plain IR."""
 
+import ctypes
 import dataclasses
+import mmap
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -73,6 +76,26 @@ def test_rows_of_any_blocksize_plain_and_nested(
 ) -> None:
     emulated(name)
     check(2, 37, 384, dtype, blocksize, double=double)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(("name", "dtype"), [("avx512", torch.float32), ("avx512bf16", torch.bfloat16)])
+def test_rows_read_no_byte_beyond_the_weight(emulated: Callable[[str], None], name: str, dtype: torch.dtype) -> None:
+    """The byte after the last may not be read: there the process would end, so another one tries it."""
+    emulated(name)
+    packed, absmax = reference.quantize_4bit(weights(8 * 256), 64, "nf4", torch.uint8)
+    x = torch.randn(1, 256).to(dtype)
+    cpu.gemm_4bit(x, packed, (8, 256), absmax, 64, "nf4")  # compiles
+    area = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    memory = torch.frombuffer(area, dtype=torch.uint8)
+    page = memory[mmap.PAGESIZE - packed.numel() : mmap.PAGESIZE]
+    page.copy_(packed.view(-1))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page.data_ptr() + page.numel()), mmap.PAGESIZE, 0) == 0
+    child = os.fork()
+    if not child:
+        cpu.gemm_4bit(x, page, (8, 256), absmax, 64, "nf4")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 31, 33, 300])

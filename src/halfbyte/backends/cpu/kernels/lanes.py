@@ -153,12 +153,21 @@ class LaneLevel(Level):
             for lane in range(64 // size)
         )
 
-    def decode_wide(self, e: Emitter, address: Value, table: object, pairs: bool) -> Iterator[Value]:
-        """64 packed bytes as levels, nibble by nibble of each lane; the permute ignores what is above the nibble."""
+    def decode_wide(self, e: Emitter, address: Value, table: object, pairs: bool, inside: bool) -> Iterator[Value]:
+        """64 packed bytes as levels, nibble by nibble of each lane; the permute ignores what is above the nibble.
+
+        A load that begins some bytes later does the work of a shift, of which an Intel core does only as many as of
+        permutes; unless ``inside`` it reads up to three bytes more.
+        """
         assert isinstance(table, Value)
-        words = e.load(Type("i16", 32) if pairs else Type("i32", 16), address)
+        kind = Type("i16", 32) if pairs else Type("i32", 16)
+        words = e.load(kind, address)
         for nibble in range(4 if pairs else 8):
-            index = words >> (4 * nibble) if nibble else words
+            byte, high = divmod(nibble, 2)
+            if not inside and byte and not high:
+                words = e.load(kind, address + byte)
+            count = 4 * nibble if inside else 4 * high
+            index = words >> count if count else words
             if pairs:
                 yield e.call("llvm.x86.avx512.permvar.hi.512", table.type, [table, index])
             else:

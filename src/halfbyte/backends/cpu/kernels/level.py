@@ -142,8 +142,8 @@ class Level:
         """The order in which :meth:`decode_wide` hands out its 128 elements."""
         raise NotImplementedError
 
-    def decode_wide(self, e: Emitter, address: Value, table: object, pairs: bool) -> Iterator[Value]:
-        """64 packed bytes as levels: bf16 for pairs, else fp32; with ``wide_rows``."""
+    def decode_wide(self, e: Emitter, address: Value, table: object, pairs: bool, inside: bool) -> Iterator[Value]:
+        """64 packed bytes as levels: bf16 for pairs, else fp32; ``inside`` reads no byte beyond. With ``wide_rows``."""
         raise NotImplementedError
 
     def pair_table(self, e: Emitter, first: Value, second: Value) -> Value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, Level
-from halfbyte.backends.cpu.kernels.ssa import F32, I64, Type, Value
+from halfbyte.backends.cpu.kernels.ssa import F32, I64, Type, Value, Variable
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
 __all__ = ["ARGUMENTS", "PREPARE_ARGUMENTS", "WIDE", "emit", "emit_prepare"]
@@ -85,26 +85,31 @@ class _Product:
     def some_rows(self, rows: list[Value]) -> None:
         e = self.e
         sums = [[e.variable(self.vector, 0.0) for _ in range(self.tile)] for _ in rows]
-        numbers = [row * self.groups for row in rows]
-        size = WIDE * (2 if self.pairs else 4)
-        with e.loop(0, self.groups) as group:
-            x = self.x + group * (self.tile * size)
-            for number, totals in zip(numbers, sums, strict=True):
-                at = number + group
-                address = self.packed + at * (2 * CHUNK_BYTES)
-                e.prefetch(address + self.ahead)
-                scale = self.scale(at)
-                for member, product in enumerate(self.products(address, x)):
-                    totals[member].set(e.fma(product, scale, totals[member].get()))
+        numbers, last = [row * self.groups for row in rows], self.groups - 1
+        with e.loop(0, last) as group:
+            self.group(group, numbers, sums, inside=False)
+        self.group(last, numbers, sums, inside=True)  # the weight may end there
         for row, totals in zip(rows, sums, strict=True):
             for member, total in enumerate(totals):
                 self.finish(row, member, e.total(total.get()))
 
-    def products(self, address: Value, x: Value) -> list[Value]:
+    def group(self, group: Value, numbers: list[Value], sums: list[list[Variable]], *, inside: bool) -> None:
+        """Add one group's products of each row, whose groups count from ``numbers`` on."""
+        e = self.e
+        x = self.x + group * (self.tile * WIDE * (2 if self.pairs else 4))
+        for number, totals in zip(numbers, sums, strict=True):
+            at = number + group
+            address = self.packed + at * (2 * CHUNK_BYTES)
+            e.prefetch(address + self.ahead)
+            scale = self.scale(at)
+            for member, product in enumerate(self.products(address, x, inside)):
+                totals[member].set(e.fma(product, scale, totals[member].get()))
+
+    def products(self, address: Value, x: Value, inside: bool) -> list[Value]:
         """Unscaled sums of products of a group with each activation."""
         e, size = self.e, 2 if self.pairs else 4
         found: list[Value] = []
-        for place, levels in enumerate(self.level.decode_wide(e, address, self.table, self.pairs)):
+        for place, levels in enumerate(self.level.decode_wide(e, address, self.table, self.pairs, inside)):
             for member in range(self.tile):
                 at = x + (member * WIDE + place * levels.type.lanes) * size
                 values = e.load(levels.type, at)
