@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from halfbyte.backends import registry
 from halfbyte.ops.optimizer import NEAREST
 from halfbyte.optim.edges import Edge, Edges, agree, split
-from halfbyte.optim.paging import Pager, loads
+from halfbyte.optim.paging import Pager
 from halfbyte.optim.sharding import Part
 from halfbyte.rules import Rule
 
@@ -35,6 +34,7 @@ class Bucket:
         maps: Code map of each 8-bit state.
         device: Of the parameters.
         pager: Where the states are in host memory.
+        paged: Those states, for the pager to hold.
         prepared: Repeats the call with other numbers.
         edges: Blocks that are shared with other processes.
     """
@@ -46,6 +46,7 @@ class Bucket:
     maps: list[Tensor]
     device: torch.device
     pager: Pager | None = None
+    paged: list[Tensor] = field(default_factory=list[Tensor])
     seed: int = NEAREST
     params: list[Tensor] = field(default_factory=list[Tensor])
     grads: list[Tensor] = field(default_factory=list[Tensor])
@@ -107,10 +108,11 @@ class Bucket:
             self.prepared(hyper, self.seed)
         elif not self.params:
             return
-        elif self.pager is not None:
-            self._step_paged(self.pager, hyper)
         else:
-            self._call(self.params, self.grads, self.states, self.absmax, hyper, self.seed)
+            self._call(hyper)
+        if self.pager is not None:
+            self.paged = self.states or self.paged
+            self.pager.hold(self.paged)
 
     def ready(self, like: Tensor) -> bool:
         """Whether :meth:`step` needs no tensors: it repeats a prepared call, and nothing listens to ops on ``like``."""
@@ -119,7 +121,7 @@ class Bucket:
     def prepare(self) -> None:
         """Let the backend keep what it can of the call, for :meth:`step` to repeat it."""
         self.prepared = None
-        if self.pager is not None or not registry.undisturbed(self.params[0]):
+        if not registry.undisturbed(self.params[0]):
             return
         lists, rest = (self.params, self.grads, self.states), (self.rule.name, self.skip_zeros)
         if self.blocksize:
@@ -128,31 +130,12 @@ class Bucket:
         else:
             self.prepared = registry.prepare("optimizer_step_32bit", *lists, *rest)
 
-    def _call(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[Tensor],
-        absmax: list[Tensor],
-        hyper: Tensor,
-        seed: int,
-    ) -> None:
-        name, skip = self.rule.name, self.skip_zeros
+    def _call(self, hyper: Tensor) -> None:
+        lists, rest = (self.params, self.grads, self.states), (self.rule.name, self.skip_zeros, self.seed)
         if self.blocksize:
-            _ops.optimizer_step_8bit(params, grads, states, absmax, self.maps, hyper, self.blocksize, name, skip, seed)
+            _ops.optimizer_step_8bit(*lists, self.absmax, self.maps, hyper, self.blocksize, *rest)
         else:
-            _ops.optimizer_step_32bit(params, grads, states, hyper, name, skip, seed)
-
-    def _step_paged(self, pager: Pager, hyper: Tensor) -> None:
-        hyper, draws = hyper.to(self.device, non_blocking=True), itertools.count()
-
-        def step(params: list[Tensor], grads: list[Tensor], states: list[Tensor], absmax: list[Tensor]) -> None:
-            # Each load counts its elements from 0, so each draws by a seed of its own.
-            seed = self.seed if self.seed < 0 else (self.seed + next(draws)) & 0x7FFFFFFF
-            self._call(params, grads, states, absmax, hyper, seed)
-
-        work = loads(self.params, self.grads, self.states, self.absmax, self.blocksize)
-        pager.run(work, len(self.rule.signed), self.states[0].dtype, step)
+            _ops.optimizer_step_32bit(*lists, hyper, *rest)
 
     def step_edges(self, edges: Edges, hyper: Tensor) -> list[Tensor]:
         """Step the edges' values in fp32; returns the new states (edges, blocksize)."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from halfbyte.functional.optimizer import bounded
 from halfbyte.optim import sharding
 from halfbyte.optim import state as storage
-from halfbyte.optim.paging import pages
 
 if TYPE_CHECKING:
     from halfbyte.optim.base import Optimizer8bit
@@ -31,8 +30,6 @@ def trust_scale(
         config: Settings of ``p``.
     """
     rule, param = optimizer.rule, sharding.local(p.detach())
-    if pages(optimizer.is_paged, p, state):
-        optimizer.finish_paging()
     states = [one.to(p.device) for one in storage.states_of(state, rule)]
     if storage.is_8bit(state):
         scales = storage.absmax_of(state, rule)

@@ -123,20 +123,23 @@ def optimizer_step_32bit(
     skip_zeros: bool = False,
     seed: int = -1,
 ) -> None:
-    """Step every parameter and its fp32 states in place. ``states`` holds those of the first parameter first."""
+    """Step every parameter and its fp32 states in place. ``states`` holds those of the first parameter first.
+
+    States of parameters on a GPU may lie in pinned host memory.
+    """
     count = len(rule_named(rule).signed)
     for place, (p, g) in enumerate(zip(params, grads, strict=True)):
         own = states[count * place : count * (place + 1)]
         h = _numbers(hyper, p.device)
         values, gradient, flat = _flat(p), _flat(g), [_flat(state) for state in own]
         for start, stop in coding.pieces(values.numel(), 1):
-            parts = [state[start:stop] for state in flat]
+            parts = [state[start:stop].to(p.device) for state in flat]
             new, _, fresh = _evaluate(
                 rule, values[start:stop].float(), gradient[start:stop].float(), parts, h, skip_zeros
             )
             _store(values, new, start, seed)
-            for part, state in zip(parts, fresh, strict=True):
-                part.copy_(state)
+            for whole, state in zip(flat, fresh, strict=True):
+                whole[start:stop] = state
         _write_back([p, *own], [values, *flat])
 
 
@@ -171,7 +174,7 @@ def optimizer_step_8bit(
         for start, stop in coding.pieces(values.numel(), blocksize):
             first, last = start // blocksize, blocks.block_count(stop, blocksize)
             decoded = [
-                torch.index_select(table, 0, code[start:stop].int())
+                torch.index_select(table, 0, code[start:stop].to(p.device).int())
                 * coding.spread(scale[first:last], blocksize, stop - start)
                 for table, code, scale in zip(tables, codes, scales, strict=True)
             ]
