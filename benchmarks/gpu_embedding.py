@@ -23,7 +23,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import copies_for, write_csv
-from benchmarks.gpu_4bit import checked, graph_time
+from benchmarks.gpu_4bit import Exact, graph_time
 from halfbyte.backends import registry  # noqa: F401 - binds the ops
 
 TABLES = {"Llama-3 8B": (128256, 4096), "SmolLM2": (49152, 576), "Qwen2.5 7B": (152064, 3584)}
@@ -62,10 +62,10 @@ def timed(calls: list[Callable[[], Any]]) -> float | str:
 
 def head(model: str, rows: int, columns: int, weights: list[Tensor], packed: list[Any], peer: Any) -> Iterator[Any]:
     """One row for each batch."""
-    exact = ops.dequantize_4bit(*packed[0], 64, "nf4", [rows, columns], torch.bfloat16)
+    exact = Exact.of(rows, columns, *packed[0])
     for batch in BATCHES:
         x = torch.randn(batch, columns, device="cuda", dtype=torch.bfloat16)
-        error = checked(ops.gemm_4bit(x, packed[0][0], [rows, columns], packed[0][1], 64, "nf4"), x, exact)
+        error = exact.forward(x, ops.gemm_4bit(x, packed[0][0], [rows, columns], packed[0][1], 64, "nf4"))
         extra = peak(lambda x=x: ops.gemm_4bit(x, packed[0][0], [rows, columns], packed[0][1], 64, "nf4"))
         row = {"case": "head", "model": model, "rows": rows, "columns": columns, "batch": batch, "error": error}
         row["peak"], row["table_bf16"] = extra, rows * columns * 2

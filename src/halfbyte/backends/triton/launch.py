@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from halfbyte.backends.triton.cache_keys import settle
 from halfbyte.errors import ArgumentError
 
 __all__ = [
@@ -132,6 +133,7 @@ def _starter(run: Any, function: Any, metadata: Any) -> tuple[Any, tuple[Any, ..
 
 def start(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch through Triton's own call on the current device and stream."""
+    settle(kernel)
     kernel[grid](*args, **options)
 
 
@@ -160,6 +162,7 @@ class Launcher:
 
     def ordinary(self, grid: tuple[int, ...], *args: Any) -> None:
         """Launch through Triton's own call, with tensors for pointers; keeps the compiled kernel."""
+        settle(self._kernel)
         compiled = self._kernel[grid](*args, *self._constants, **self._options)
         if DIRECT and compiled is not None:
             self._function = compiled.function
