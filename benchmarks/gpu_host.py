@@ -2,7 +2,7 @@
 
 Run: ``python benchmarks/gpu_host.py [--out FOLDER] [--rounds 40]``. All layers are timed in turn, 50 calls each, so
 that a disturbance of the machine falls on all of them; the GPU is idle at the start of each turn and never waited for
-within.
+within. "trained" is the product with the gradient to the activation.
 """
 
 from __future__ import annotations
@@ -31,19 +31,25 @@ def layers() -> dict[str, tuple[Any, int]]:
     from halfbyte.nn import Linear4bit
 
     found: dict[str, tuple[Any, int]] = {}
-    plain = torch.nn.Linear(SIZE, SIZE, bias=False, device="cuda", dtype=torch.bfloat16)
+    plain = torch.nn.Linear(SIZE, SIZE, bias=False, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
     kinds = {"halfbyte": Linear4bit}
     if importlib.util.find_spec("bitsandbytes") is not None:
         from bitsandbytes.nn import Linear4bit as theirs
 
         kinds["bitsandbytes"] = theirs
-    for rows in (1, 8, 32):
+    for rows in (1, 8, 32, 2048):
         found[f"nn.Linear, {rows} rows"] = (plain, rows)
         for name, kind in kinds.items():
             for nested in (False, True):
                 layer = kind(SIZE, SIZE, False, torch.bfloat16, nested, quant_type="nf4").cuda()
                 found[f"{name} {'nested' if nested else 'plain'}, {rows} rows"] = (layer, rows)
     return found
+
+
+@torch.enable_grad()
+def both_ways(layer: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> None:
+    """The product, and the gradient to the activation."""
+    torch.autograd.grad(layer(x), x, upstream)
 
 
 def microseconds(call: Callable[[], Any]) -> float:
@@ -67,8 +73,11 @@ def main() -> None:
         for name, (layer, rows) in layers().items():
             x = torch.randn(rows, 1, SIZE, device="cuda", dtype=torch.bfloat16)
             calls[name] = lambda layer=layer, x=x: layer(x)
-            calls[name]()
-            calls[name]()
+            if rows == 2048:
+                trained = x.clone().requires_grad_()
+                calls[f"{name}, trained"] = lambda layer=layer, x=trained, upstream=x: both_ways(layer, x, upstream)
+        for call in list(calls.values()) * 3:
+            call()
         taken: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(arguments.rounds):
             for name, call in calls.items():

@@ -119,7 +119,7 @@ class Repeated:
     def learn_gradient(self, grad: Tensor, weight: Tensor, state: QuantState) -> None:
         """Ask the backend for what repeats ``grad @ weight``, which was made by the ordinary way just now."""
         fits = grad.dtype is self._dtype and grad.device == self._device and grad.is_contiguous()
-        fits = fits and not grad.requires_grad
+        fits = fits and not (_is_grad_enabled() and grad.requires_grad)
         if fits and grad.shape not in self._gradients and registry.undisturbed(grad) and self._holds(weight):
             _keep(self._gradients, grad.shape, _prepared("gemm_4bit_dgrad", grad, weight, state))
 
