@@ -108,7 +108,9 @@ def test_more_outlier_columns_than_are_copied_side_by_side_are_all_counted() -> 
 def test_gradients_are_the_references(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     CB, SCB = int8_weight(shape[2], shape[1])
     grad = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(4)).to(dtype)
-    found = ops.int8_linear_dgrad(grad.cuda(), CB.cuda(), SCB.cuda()).cpu()
+    given = grad.cuda(), CB.cuda(), SCB.cuda()
+    found = ops.int8_linear_dgrad(*given).cpu()
+    assert torch.equal(ops.int8_linear_dgrad(*given).cpu(), found)  # launched by address
     weight = F.int8_vectorwise_dequant(CB, SCB).double()
     close("gradient", found, grad.double() @ weight, product(dtype), grad.double().abs() @ weight.abs())
 
@@ -172,6 +174,16 @@ def test_repeated_calls_give_the_ops_bits(batch: int, threshold: float) -> None:
         for given in (x, x[None], torch.cat([x.flatten()[:1], x.flatten()])[1:].view_as(x)):
             for _ in range(3):
                 assert torch.equal(made(given).view_as(expected), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 33, 300])
+def test_repeated_training_steps_have_the_first_ones_gradients(batch: int) -> None:
+    made, x = layer(batch)
+    x.requires_grad_()
+    found = [torch.autograd.grad((out := made(x)).float().square().sum(), (x, made.bias)) + (out,) for _ in range(3)]
+    assert made._repeated is not None
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
 
 
 @pytest.mark.parametrize("batch", [1, 33, 300])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from halfbyte.backends import registry
@@ -178,19 +179,62 @@ def test_activations_of_another_kind_take_the_ordinary_way(repeats: list[torch.S
     assert repeats == []
 
 
-def test_gradients_take_the_ordinary_way(repeats: list[torch.Size]) -> None:
-    layer = layer_of()
-    with torch.no_grad():
-        layer(X)
-    layer(X).sum().backward()
+def gradients(layer: Linear8bitLt, x: Tensor, weight: Tensor) -> list[Tensor]:
+    given = x.clone().requires_grad_()
+    (layer(given) * weight).sum().backward()
     assert layer.bias.grad is not None
-    layer.bias.requires_grad_(False)
-    x = X.clone().requires_grad_()
-    layer(x).sum().backward()
-    assert x.grad is not None
+    found = [given.grad, layer.bias.grad]
+    layer.bias.grad = None
+    return found
+
+
+def test_gradients_are_those_of_the_ordinary_way(repeats: list[torch.Size]) -> None:
+    layer, weight = layer_of(), torch.randn(3, N)
+    expected = gradients(layer, X, weight)
     assert repeats == []
-    layer(X)  # gradients are enabled, but nothing here needs one
+    for found in (gradients(layer, X, weight), gradients(layer, X, weight)):
+        assert all(map(torch.equal, found, expected))
+    assert repeats == [X.shape, X.shape]
+
+
+def test_a_bias_that_learns_is_enough_for_gradients(repeats: list[torch.Size]) -> None:
+    layer = layer_of()
+    for _ in range(2):
+        layer.bias.grad = None
+        layer(X).sum().backward()
+        torch.testing.assert_close(layer.bias.grad, torch.full((N,), 3.0))
     assert repeats == [X.shape]
+
+
+def test_misaligned_activations_with_gradients_take_the_ordinary_way(repeats: list[torch.Size]) -> None:
+    layer, weight = layer_of(), torch.randn(3, N)
+    expected = gradients(layer, X, weight)
+    off = torch.empty(X.numel() + 1)[1:].view_as(X).copy_(X).requires_grad_()
+    (layer(off) * weight).sum().backward()
+    assert torch.equal(off.grad, expected[0])
+    assert repeats == []
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_learn_alike(repeats: list[torch.Size], reentrant: bool) -> None:
+    layer, weight = layer_of(), torch.randn(3, N)
+    expected = gradients(layer, X, weight)
+    x = X.clone().requires_grad_()
+    out = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+    (out * weight).sum().backward()
+    assert torch.equal(x.grad, expected[0])
+    assert len(repeats) == 2
+
+
+@pytest.mark.usefixtures("repeats")
+def test_second_derivatives_pass_through() -> None:
+    layer = layer_of(bias=False)
+    for _ in range(2):
+        x = X.clone().requires_grad_()
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), x)
+        weight = layer.weight.CB.float() * layer.weight.SCB[:, None] / 127
+        torch.testing.assert_close(second, 2 * (weight.sum(1) @ weight).expand_as(X), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -17,7 +17,7 @@ from halfbyte.backends import registry
 from halfbyte.errors import QuantStateMissingError
 from halfbyte.functional import int8_vectorwise_dequant, int8_vectorwise_quant
 
-__all__ = ["MatMul8bitFp", "MatMul8bitLt", "MatmulLtState", "matmul"]
+__all__ = ["MatMul8bitFp", "MatMul8bitLt", "MatmulLtState", "matmul", "repeated_matmul"]
 
 _ops = torch.ops.halfbyte
 
@@ -95,7 +95,7 @@ class MatMul8bitLt(torch.autograd.Function):
         A, CB, SCB = ctx.saved_tensors
         grad_A = grad_B = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_A = _call("int8_linear_dgrad", grad)(grad, CB, SCB)
+            grad_A = _gradient(grad, CB, SCB)
         if ctx.needs_input_grad[1]:
             grad_B = torch.matmul(grad.reshape(-1, grad.shape[-1]).t(), A.reshape(-1, A.shape[-1])).to(ctx.weight_dtype)
         if ctx.needs_input_grad[3]:
@@ -125,6 +125,66 @@ class MatMul8bitFp(MatMul8bitLt):
         weight = int8_vectorwise_dequant(CB, SCB) if full is None else full
         result = torch.nn.functional.linear(A, weight.to(A.dtype), None if bias is None else bias.to(A.dtype))
         return result if out is None else out.copy_(result)
+
+
+class _RepeatedMatMul(torch.autograd.Function):
+    """:class:`MatMul8bitLt` of a layer that knows a short way to the product of an activation with its int8 weight.
+
+    It saves what the other one saves: checkpointing allows no difference between a forward pass and its repetition.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        A: Tensor,
+        CB: Tensor,
+        SCB: Tensor,
+        bias: Tensor | None,
+        threshold: float,
+        call: Callable[[Tensor], Tensor | None],
+    ) -> Tensor:
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(None, CB, SCB)
+        result = call(A)
+        return _call("int8_linear", A)(A, CB, SCB, threshold, bias, None) if result is None else result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
+        (grad,) = grads
+        _, CB, SCB = ctx.saved_tensors
+        grad_A = _gradient(grad, CB, SCB) if ctx.needs_input_grad[0] else None
+        grad_bias = None
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+        return grad_A, None, None, grad_bias, None, None
+
+
+# What Function.apply calls in the end: it looks for wrappers of torch.func first, for longer than all else here takes.
+_apply_repeated: Any = super(torch.autograd.Function, _RepeatedMatMul).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def repeated_matmul(
+    A: Tensor,
+    CB: Tensor,
+    SCB: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    call: Callable[[Tensor], Tensor | None],
+) -> Tensor:
+    """:func:`matmul` where a short way is known, with gradients; not under transforms of torch.func.
+
+    Args:
+        A: ``(..., K)``.
+        CB: int8 codes ``(N, K)``.
+        SCB: fp32 absmax of their rows.
+        bias: ``(N,)``.
+        threshold: Of outliers.
+        call: Gives the product with A, or None where it cannot.
+
+    Returns:
+        ``(..., N)`` in A's dtype.
+    """
+    return _apply_repeated(A, CB, SCB, bias, threshold, call)
 
 
 def matmul(
@@ -169,8 +229,14 @@ def matmul(
 
 def _call(op: str, A: Tensor) -> Callable[..., Tensor]:
     """The op; or, where nothing listens, what it calls: torch's dispatcher costs as much as a small GPU product."""
-    seen = torch.is_grad_enabled() and A.requires_grad  # in a backward pass that is differentiated again
-    return registry.kernel(op) if registry.undisturbed(A) and not seen else getattr(_ops, op)
+    return registry.kernel(op) if registry.undisturbed(A) else getattr(_ops, op)
+
+
+def _gradient(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
+    """``grad @ weight``, ``(..., K)``."""
+    if torch.is_grad_enabled() and grad.requires_grad:  # a second derivative is wanted: ops have none
+        return torch.matmul(grad, int8_vectorwise_dequant(CB, SCB).to(grad.dtype))
+    return _call("int8_linear_dgrad", grad)(grad, CB, SCB)
 
 
 def _operands(B: Tensor, state: MatmulLtState) -> tuple[Tensor, Tensor, Tensor | None]:

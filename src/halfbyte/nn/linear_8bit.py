@@ -140,8 +140,7 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
         result = matmul(x, weight, state=self.state, bias=self.bias)
         if self._own is None or self._own.weight() is not weight:
             self._remember("weight")
-        if not result.requires_grad:
-            self.__dict__["_repeated"] = Repeated8bit.after(self, x, weight)
+        self.__dict__["_repeated"] = Repeated8bit.after(self, x, weight)
         return result
 
     def _traced_state(self, weight: Tensor) -> MatmulLtState:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.autograd import repeated_matmul
 from halfbyte.backends import registry
 from halfbyte.nn.int8_params import Int8Params
 
@@ -52,10 +53,10 @@ class Repeated8bit:
             return None
         parameters = layer._parameters
         weight, bias = parameters["weight"], parameters["bias"]
-        if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-            return None
         if not x.is_contiguous() or registry.listened() or not self._holds(weight, bias, layer.state.threshold):
             return None
+        if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return repeated_matmul(x, weight, weight.SCB, bias, self._threshold, call)
         return call(x)
 
     def _holds(self, weight: Any, bias: Tensor | None, threshold: float) -> bool:

@@ -13,7 +13,7 @@ from halfbyte.backends.registry import implements
 from halfbyte.backends.triton.device import gpu_of
 from halfbyte.backends.triton.int8_plan import Plan, RowPlan, make_plan, product, quantize
 from halfbyte.backends.triton.kernels.int8 import _int8_dequantize_kernel
-from halfbyte.backends.triton.launch import aligned, dense, on_device, start
+from halfbyte.backends.triton.launch import Launcher, aligned, dense, on_device, raw_stream, start
 from halfbyte.backends.triton.slices import slice_rows
 from halfbyte.errors import ArgumentError
 from halfbyte.formats import int8
@@ -167,6 +167,10 @@ def int8_linear(
     return out
 
 
+_dequantizers: dict[tuple[Any, ...], Launcher] = {}
+_BLOCKS = (int8.STEP, 16, 512)
+
+
 def _declines_dgrad(grad: Tensor, CB: Tensor, SCB: Tensor) -> str | None:
     return "an empty tensor" if grad.numel() == 0 or CB.numel() == 0 else None
 
@@ -175,16 +179,34 @@ def _declines_dgrad(grad: Tensor, CB: Tensor, SCB: Tensor) -> str | None:
 def int8_linear_dgrad(grad: Tensor, CB: Tensor, SCB: Tensor) -> Tensor:
     """``grad @ weight``: slices of the weight's columns, dequantized into memory that every slice uses again."""
     n, k = CB.shape
-    rows = _matrix(grad)
-    weight, scales = CB.contiguous(), SCB.contiguous()
-    out = torch.empty((rows.shape[0], k), dtype=grad.dtype, device=grad.device)
+    rows, index = _matrix(grad), grad.device.index
+    _check_devices(grad, CB, SCB)
+    weight, scales = dense(CB), dense(SCB)
+    out = torch.empty((*grad.shape[:-1], k), dtype=grad.dtype, device=grad.device)
+    flat = out.view(-1, k)
     count = slice_rows(k, n * grad.element_size(), 8) if k % 8 == 0 else k
     workspace = torch.empty(n * count, dtype=grad.dtype, device=grad.device)
-    with on_device(grad.device.index):
+    with on_device(index):
+        if count == k and aligned(weight, scales):
+            key = (n, k, grad.dtype, index)
+            launcher = _dequantizers.get(key)
+            if launcher is None:
+                launcher = _dequantizers[key] = Launcher(_int8_dequantize_kernel, _BLOCKS)
+            grid = (*_grid(n, k), 1)
+            if launcher.compiled():
+                places = weight.data_ptr(), scales.data_ptr(), workspace.data_ptr()
+                launcher.direct(grid, raw_stream(index), *places, n, k, 0, k)
+            else:
+                launcher.ordinary(grid, weight, scales, workspace, n, k, 0, k)
+            torch.mm(rows, workspace.view(n, k), out=flat)
+            return out
         for first in range(0, k, count):
             columns = min(k - first, count)
             part = workspace[: n * columns].view(n, columns)
-            grid = (-(-n // 16), -(-columns // 512))
-            start(_int8_dequantize_kernel, grid, weight, scales, part, n, k, first, columns, int8.STEP, 16, 512)
-            torch.mm(rows, part, out=out[:, first : first + columns])
-    return out.view(*grad.shape[:-1], k)
+            start(_int8_dequantize_kernel, _grid(n, columns), weight, scales, part, n, k, first, columns, *_BLOCKS)
+            torch.mm(rows, part, out=flat[:, first : first + columns])
+    return out
+
+
+def _grid(n: int, columns: int) -> tuple[int, int]:
+    return -(-n // _BLOCKS[1]), -(-columns // _BLOCKS[2])
