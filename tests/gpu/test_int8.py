@@ -180,7 +180,7 @@ def test_repeated_calls_give_the_ops_bits(batch: int, threshold: float) -> None:
 def test_repeated_training_steps_have_the_first_ones_gradients(batch: int) -> None:
     made, x = layer(batch)
     x.requires_grad_()
-    found = [torch.autograd.grad((out := made(x)).float().square().sum(), (x, made.bias)) + (out,) for _ in range(3)]
+    found = [(*torch.autograd.grad((out := made(x)).float().square().sum(), (x, made.bias)), out) for _ in range(3)]
     assert made._repeated is not None
     for other in found[1:]:
         assert all(map(torch.equal, other, found[0]))
