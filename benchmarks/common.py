@@ -7,7 +7,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import random
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -37,7 +36,6 @@ def interleave(
     seconds: float = 4.0,
     clock: Callable[[], float] = time.perf_counter,
     finish: Callable[[], object] = lambda: None,
-    shuffled: bool = False,
 ) -> dict[str, Timing]:
     """Time all cases in turn, round by round, so that a disturbance of the machine falls on all of them.
 
@@ -47,20 +45,14 @@ def interleave(
         seconds: No further round once this has passed; three rounds are always made.
         clock: Seconds.
         finish: Called after each call within its time (a device synchronisation, say).
-        shuffled: Each round has an order of its own, so that no case always comes after the same other one, whose
-            threads may still wait for work on the cores.
     """
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():
         case(0)
         finish()
-    order, turns = list(cases), random.Random(0)
     begin = time.perf_counter()
     for number in range(repeats):
-        if shuffled:
-            turns.shuffle(order)
-        for name in order:
-            case = cases[name]
+        for name, case in cases.items():
             start = clock()
             case(number)
             finish()

@@ -13,15 +13,15 @@ decoded by ``dequantize_4bit`` into ordinary layers. ``peak_mb``: greatest resid
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import cpu_turns
 
 FORMS = ("dense bf16", "halfbyte bf16", "bitsandbytes bf16", "bitsandbytes-canonical bf16", "halfbyte fp32")
 PROMPT, TOKENS, WINDOW = 256, 8, 512
@@ -113,37 +113,6 @@ class Child:
         return {"weights_mb": round(weights / 1e6, 1), "peak_mb": round(int(peak.split()[1]) / 1e3)}
 
 
-class Peer:
-    """A process that holds one form."""
-
-    def __init__(self, form: str, words: list[str], environment: dict[str, str]) -> None:
-        self.form = form
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process lives
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
-        )
-
-    def ask(self, word: str) -> dict[str, Any]:
-        """Send a word, wait for the answer; ``""`` only waits."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        if word:
-            self.process.stdin.write(word + "\n")
-            self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("FOUND "):
-                return json.loads(line.removeprefix("FOUND "))
-        self.log.seek(0)
-        raise RuntimeError(f"{self.form} stopped\n{self.log.read()[-1500:]}")
-
-
-def answer(args: argparse.Namespace) -> None:
-    child = Child(args.child, args.model, Path(args.text).read_text(encoding="utf-8"), args.threads, args.windows)
-    print("FOUND {}", flush=True)
-    for line in sys.stdin:
-        print("FOUND " + json.dumps(getattr(child, line.strip())()), flush=True)
-
-
 def assets(args: argparse.Namespace) -> tuple[str, str]:
     """Folder of the model, and the text."""
     if args.wheels:
@@ -154,37 +123,37 @@ def assets(args: argparse.Namespace) -> tuple[str, str]:
     return args.model or str(demo.model_dir(print, use_hub=False)), text
 
 
-def start(args: argparse.Namespace, model: str, text: str) -> list[Peer]:
-    peers: list[Peer] = []
+def start(args: argparse.Namespace, model: str, text: str) -> list[cpu_turns.Peer]:
+    peers: list[cpu_turns.Peer] = []
     for form in args.forms.split(","):
-        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
         foreign = form.startswith("bitsandbytes")
-        if foreign and args.peer_path:
-            environment["PYTHONPATH"] = f"{args.peer_path}{os.pathsep}{environment.get('PYTHONPATH', '')}"
-        words = [args.peer if foreign else sys.executable, __file__, "--child", form, "--model", model, "--text", text]
+        if foreign and not (args.peer or args.peer_path):
+            continue
+        python = args.peer if foreign and args.peer else sys.executable
+        words = [python, __file__, "--child", form, "--model", model, "--text", text]
         words += ["--threads", str(args.threads), "--windows", str(args.windows)]
-        peers.append(Peer(form, words, environment))
+        peers.append(cpu_turns.Peer(form, words, cpu_turns.environment(args, foreign=foreign)))
     for peer in peers:
         peer.ask("")
     return peers
 
 
-def measure(peers: list[Peer], args: argparse.Namespace) -> list[dict[str, object]]:
+def measure(peers: list[cpu_turns.Peer], args: argparse.Namespace) -> list[dict[str, object]]:
     begun = time.perf_counter()
-    turns: dict[str, list[dict[str, Any]]] = {peer.form: [] for peer in peers}
+    turns: dict[str, list[dict[str, Any]]] = {peer.name: [] for peer in peers}
     for number in range(args.rounds):
         for peer in peers if number % 2 else peers[::-1]:
-            time.sleep(0.05)  # until the threads of the one before have gone to sleep
-            turns[peer.form].append(peer.ask("turn"))
+            cpu_turns.rest()
+            turns[peer.name].append(peer.ask("turn"))
         if number and time.perf_counter() - begun > args.seconds:
             break
     rows: list[dict[str, object]] = []
     for peer in peers:
-        took = turns[peer.form]
+        took = turns[peer.name]
         steps = sorted(step for turn in took for step in turn["steps"])
         prompts = sorted(turn["prompt"] for turn in took)
         row: dict[str, object] = {
-            "who": peer.form,
+            "who": peer.name,
             "token_ms": round(steps[0] * 1e3, 2),
             "token_median_ms": round(steps[len(steps) // 2] * 1e3, 2),
             "tokens_s": round(1 / steps[len(steps) // 2], 1),
@@ -204,8 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of the model, already converted")
     parser.add_argument("--wheels", help="folder with the packages of the model and the text")
-    parser.add_argument("--peer", default=sys.executable, help="interpreter for the forms of bitsandbytes")
-    parser.add_argument("--peer-path", help="folder that has bitsandbytes, for that interpreter")
+    cpu_turns.add_arguments(parser)
     parser.add_argument("--forms", default=",".join(FORMS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=12, help="at most")
@@ -216,7 +184,8 @@ def main() -> None:
     parser.add_argument("--text", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        answer(args)
+        text = Path(args.text).read_text(encoding="utf-8")
+        cpu_turns.answer(Child(args.child, args.model, text, args.threads, args.windows))
         return
     import common
 
@@ -231,14 +200,12 @@ def main() -> None:
         for peer, row in zip(peers, rows, strict=True):
             if args.windows:
                 row["perplexity"] = round(peer.ask("perplexity")["perplexity"], 4)
-                if peer.form.startswith("halfbyte"):
+                if peer.name.startswith("halfbyte"):
                     row["dequantized"] = round(peer.ask("dequantized")["perplexity"], 4)
-                print(peer.form, "perplexity", row["perplexity"], row["dequantized"], flush=True)
+                print(peer.name, "perplexity", row["perplexity"], row["dequantized"], flush=True)
                 common.write_csv(args.out, [{**row, **facts} for row in rows])
         for peer in peers:
-            assert peer.process.stdin is not None
-            peer.process.stdin.close()
-            peer.process.wait()
+            peer.close()
     print(written)
 
 
