@@ -50,11 +50,14 @@ def _one_step(layer: Any, x: Tensor) -> Tensor | None:
         return None
     modules = layer._modules
     active, downs = layer.active_adapters, modules["lora_A"]._modules
-    if len(active) != 1 or active[0] not in downs or active[0] in layer.lora_variant:
+    variants = getattr(layer, "lora_variant", None)  # not in old versions of peft, which have other flags
+    if variants is None or len(active) != 1 or active[0] not in downs or active[0] in variants:
         return None
-    name = active[0]
+    name, scaling = active[0], layer.scaling[active[0]]
     base, down, up = modules["base_layer"], downs[name], modules["lora_B"]._modules[name]
     if not (_is_plain(base, Linear4bit) and _is_plain(down, torch.nn.Linear) and _is_plain(up, torch.nn.Linear)):
+        return None
+    if type(scaling) not in (float, int):
         return None
     own, first, second = base._parameters, down._parameters, up._parameters  # a third of the time of ``base.weight``
     if first["bias"] is not None or second["bias"] is not None:
@@ -64,7 +67,7 @@ def _one_step(layer: Any, x: Tensor) -> Tensor | None:
     dropout = modules["lora_dropout"]._modules[name]
     drops = type(dropout) is not torch.nn.Identity and (layer.training or type(dropout) is not torch.nn.Dropout)
     dropped = dropout(x) if drops else None
-    return low_rank_matmul_4bit(x, base, first["weight"], second["weight"], layer.scaling[name], dropped)
+    return low_rank_matmul_4bit(x, base, first["weight"], second["weight"], scaling, dropped)
 
 
 def _is_plain(module: Any, kind: type[torch.nn.Module]) -> bool:
