@@ -22,7 +22,7 @@ from halfbyte.backends.triton.kernels.optimizer import _optimizer_kernel
 from halfbyte.backends.triton.optimizer import MOST_ROWS, VALUES, plan
 from halfbyte.backends.triton.rules import function_of, source_of
 from halfbyte.formats.dynamic import dynamic_map
-from halfbyte.rules import FIELDS, rule_named, rule_names
+from halfbyte.rules import FIELDS, encoding_map, rule_named, rule_names
 from tests.backends.triton.compiling import build
 
 CASES = [*rule_names(), "fp16", "blocks of 2048", "random", "skip zeros", "another map"]
@@ -124,10 +124,11 @@ def guessed(x: np.ndarray, assembly: str) -> np.ndarray:  # noqa: C901  # a case
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_guess_is_the_code_or_one_more(signed: bool) -> None:
     levels = dynamic_map(signed)
-    middles = (levels[:-1] + levels[1:]) * np.float32(0.5)
+    apart = encoding_map(levels)
+    middles = (apart[:-1] + apart[1:]) * np.float32(0.5)
     every = np.arange(0x2F800000, 0x3F800001, 1 << 8, dtype=np.int32).view(np.float32)
     around = [np.nextafter(middles, np.float32(side)) for side in (-2, 2)]
-    x = np.concatenate([np.asarray([0.0, 1e-30, 1.0], np.float32), np.abs(np.concatenate([middles, *around])), every])
+    x = np.concatenate([np.asarray([0.0, 1e-45, 1e-30, 1e-8, 1e-7, 1.0], np.float32), np.abs(np.concatenate([middles, *around])), every])
     if signed:
         x = np.concatenate([x, -x])
     excess = guessed(x, kernels._assembly(signed)) - np.searchsorted(middles, x, side="left")
