@@ -130,55 +130,74 @@ def test_the_warpgroup_kernel_compiles_with_an_uneven_k_and_long_blocks() -> Non
     assert fused(gemm_warpgroup._gemm_4bit_warpgroup_kernel, "sm_90", 4, **constants).loop["HGMMA"] >= 16
 
 
-def decoded(tile: Tile, dtype: str = "bf16", **changes: Any) -> Any:
+def decoded(
+    tile: Tile, dtype: str = "bf16", aligned: tuple[str, ...] = ("N", "K", "row_blocks", "steps"), **changes: Any
+) -> Any:
     from triton.experimental.gluon import language as gl
 
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    maxnreg, decoding = registers(tile)
     constants = {
-        "BN": tile.rows, "BM": tile.batch, "BLOCK": 64, "ACROSS": False, "SPLIT": 1, "NESTED": False, "BIAS": False,
-        "NW": tile.n_warps, "PW": 4, "REGISTERS": decoding, "AHEAD": tile.unroll,
-        "RELAY": tile.relay, "STAGES": tile.stages, **changes,
+        "BM": tile.batch, "BLOCK": 64, "ACROSS": False, "SPLIT": tile.split > 1, "NESTED": False, "BIAS": False,
+        "WHOLE": not changes.get("ACROSS") and changes.get("BLOCK", 64) == 64, "EIGHTS": True, "NW": tile.n_warps,
+        "REGISTERS": registers(tile), "STAGES": tile.stages, "G": tile.unroll, "PG": tile.producers, **changes,
     }  # fmt: skip
-    numbers = ("M", "N", "K", "row_words", "row_blocks", "steps", "per_slice")
-    types = {name: kind for name, kind in POINTERS.items() if name != "pairs"}
+    box = [64 * tile.unroll, 16] if constants["ACROSS"] else [128, 8 * tile.unroll]
+    lines = gl.NVMMASharedLayout(swizzle_byte_width=4 * box[1], element_bitwidth=32, rank=2)
+    rows = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    numbers = ("M", "N", "K", "row_blocks", "steps", "per_slice")
+    types = {name: kind for name, kind in POINTERS.items() if name not in ("pairs", "w_ptr")}
     types |= {
-        "x_desc": f"tensordesc<{dtype}[{tile.batch}, 64],{layout!r}>", "bias_ptr": f"*{dtype}",
-        "out_ptr": f"*{dtype}" if constants["SPLIT"] == 1 else "*fp32",
+        "w_desc": f"tensordesc<i32{box},{lines!r}>", "x_desc": f"tensordesc<{dtype}[{tile.batch}, 64],{rows!r}>",
+        "bias_ptr": f"*{dtype}", "out_ptr": "*fp32" if constants["SPLIT"] else f"*{dtype}",
         **{f"l{i}": "fp32" for i in range(16)}, **dict.fromkeys(numbers, "i32"),
     }  # fmt: skip
-    options = {} if maxnreg is None else {"maxnreg": maxnreg}
     return build(
         gemm_decoded._gemm_4bit_decoded_kernel, types, constants, target="sm_90", warps=tile.n_warps, gluon=True,
-        aligned=numbers[1:], enable_fp_fusion=False, **options,
+        aligned=aligned, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-LARGE = Tile("decoded", 256, 128, 2, 1, 8, 1, 4)
+LARGE = Tile("decoded", 256, 128, 4, 1, 8, 1, 4)
+MIDDLE = Tile("decoded", 128, 128, 2, 1, 8, 1, 5, producers=2)
+SMALLER = Tile("decoded", 64, 128, 2, 1, 4, 1, 6, producers=2)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("across", [False, True])
-def test_the_decoded_kernels_producers_keep_ahead_of_the_tensor_cores(across: bool, dtype: str) -> None:
+def test_the_decoded_kernels_producer_keeps_ahead_of_the_tensor_cores(across: bool, dtype: str) -> None:
     built = decoded(LARGE, dtype, ACROSS=across)
     assert built.registers_spilled == 0
     ptx = built.asm["ptx"]
     assert ptx.count("wgmma.mma_async") == 4
-    assert ptx.count("cp.async.bulk.tensor") == 1
+    # The words of four steps at the start, of the next four, and four times the activation.
+    assert ptx.count("cp.async.bulk.tensor") == 2 + 1 + 4
     # A step of 128 rows, 64 terms and a batch of 256 takes the tensor cores 1024 cycles; a decoding warp has a quarter
     # of the multiprocessor's integer units, 16 lanes, and 64 weights a lane: 21 permutations and shifts for 8 of them.
-    assert ptx.count("prmt.b32") <= 8 * 16 + 8 + 8
-    assert ptx.count("st.shared.v4") == 8
+    assert ptx.count("prmt.b32") <= 4 * (8 * 16 + 8 + 8)
+    assert ptx.count("st.shared.v4") == 4 * 8
+    # Neither words nor scales of the steps to come wait in registers that a loop passes on one by one.
+    assert ptx.count("ld.shared.v4") >= 8
+
+
+def test_the_scales_of_a_group_of_steps_come_in_one_load() -> None:
+    ptx = decoded(LARGE).asm["ptx"]
+    assert ptx.count("ld.global.v4") == 3
+    assert "ld.global.b32" not in ptx
+
+
+@pytest.mark.parametrize("eights", [False, True])
+def test_results_are_written_16_bytes_at_a_time_where_rows_are_a_multiple_of_eight(eights: bool) -> None:
+    ptx = decoded(LARGE, aligned=("K", "row_blocks", "steps"), EIGHTS=eights).asm["ptx"]
+    assert ("st.global.v4" in ptx) == eights
 
 
 @pytest.mark.parametrize(
     ("tile", "changes"),
     [
-        (Tile("decoded", 8, 128, 4, 1, 4, 1, 4, per_sm=2), {"NESTED": True}),
-        (Tile("decoded", 64, 128, 4, 1, 4, 1, 4, per_sm=2), {"BIAS": True}),
-        (Tile("decoded", 64, 64, 4, 1, 4, 1, 4, per_sm=2), {"BLOCK": 256}),
-        (Tile("decoded", 64, 128, 4, 1, 4, 1, 4, per_sm=2, relay=True), {}),
-        (Tile("decoded", 128, 128, 2, 1, 4, 2, 3, per_sm=2), {"SPLIT": 2, "ACROSS": True, "NESTED": True}),
+        (Tile("decoded", 16, 128, 2, 1, 4, 1, 6, producers=2), {"NESTED": True}),
+        (SMALLER, {"BIAS": True}),
+        (SMALLER, {"BLOCK": 256, "NESTED": True}),
+        (MIDDLE, {"SPLIT": True, "ACROSS": True, "NESTED": True}),
+        (LARGE, {"SPLIT": True, "NESTED": True}),
     ],
     ids=str,
 )

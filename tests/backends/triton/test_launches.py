@@ -129,14 +129,15 @@ def weight(shape: tuple[int, ...], nested: bool) -> dict[str, Any]:
 def test_what_warmup_launches_fits_its_kernels(
     dtype: torch.dtype, launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Every route of a measured shape; the product in slices is torch's, so its rows are fewer here.
+    # Every route of a measured shape but slices of 16-bit weights, whose product is torch's and slow here.
     monkeypatch.setattr(ahead, "BATCHES", (*ahead.BATCHES[:-1], 257))
     said: list[str] = []
     ahead.warmup(said.append, [dtype], [(4096, 4096)])
     assert said[0].startswith("triton: kernels for 2 kinds of weights")
     routes = {"_gemm_4bit_small_batch_kernel", "_gemm_4bit_warpgroup_kernel", "_gemm_4bit_decoded_kernel"}
-    expected = {"_gemm_4bit_portable_kernel"} if dtype == torch.float32 else {*routes, "_sum_partial_kernel"}
-    expected |= {"_quantize_4bit_kernel", "_dequantize_4bit_kernel", "_cells_8bit_kernel", "_quantize_blockwise_kernel"}
+    slices = {"_gemm_4bit_portable_kernel", "_dequantize_4bit_kernel"}
+    expected = slices if dtype == torch.float32 else {*routes, "_sum_partial_kernel"}
+    expected |= {"_quantize_4bit_kernel", "_cells_8bit_kernel", "_quantize_blockwise_kernel"}
     assert {name for name, _ in launches} == expected
     for name, given in launches:
         if name.startswith("_gemm_4bit"):
@@ -144,7 +145,8 @@ def test_what_warmup_launches_fits_its_kernels(
             assert given["NESTED"] == (given["absmax_8bit"] is not None)
             assert given["BIAS"] is False
         if name == "_gemm_4bit_decoded_kernel":
-            assert (given["M"], given["K"], given["BLOCK"], given["row_blocks"]) == (256, 4096, 64, 64)
+            assert given["M"] in (64, 256, 257)
+            assert (given["K"], given["BLOCK"], given["row_blocks"]) == (4096, 64, 64)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -166,12 +168,12 @@ def test_every_tile_that_is_tuned_reaches_its_kernel_under_the_right_names(launc
             tune._compile((batch, n, k, tile))
             given = launches[0][1]
             kinds.add(tile.kind)
-            assert (given["BM"], given["BN"], given["SPLIT"]) == (tile.batch, tile.rows, given["SPLIT"])
+            assert (given["BM"], given.get("BN", 128)) == (tile.batch, tile.rows)
             assert given["SPLIT"] == tile.split or tile.kind == "decoded"
             assert (given["M"], given["N"]) == (batch, n)
             assert given["NW"] == tile.n_warps
             if tile.kind == "decoded":
-                assert (given["AHEAD"], given["STAGES"], given["RELAY"]) == (tile.unroll, tile.stages, tile.relay)
+                assert (given["G"], given["STAGES"], given["PG"]) == (tile.unroll, tile.stages, tile.producers)
                 continue
             assert given["U"] == tile.unroll
             assert given.get("KW", 1) == tile.k_warps

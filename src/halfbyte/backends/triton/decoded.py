@@ -17,39 +17,38 @@ from halfbyte.formats.codebook import codebook
 
 __all__ = ["DecodedPlan", "decoded_kernel"]
 
-PRODUCERS = 4
-"""Warps that decode."""
+WARPS = 4
+"""Warps of a producer."""
 
 
 @functools.lru_cache(maxsize=1)
-def decoded_kernel() -> tuple[Any, Any, Any] | None:
-    """The kernel, the class of its activation's descriptor and that one's layout; None where this Triton lacks them."""
+def decoded_kernel() -> tuple[Any, Any, Any, Any, Any] | None:
+    """The kernel, its tensors' descriptor class, and layouts of the activation and of packed words in lines of 64 and
+    of 128 bytes; None where this Triton lacks them."""
     try:
         from triton.experimental.gluon import language as gl
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
         from halfbyte.backends.triton.kernels.gemm_decoded import _gemm_4bit_decoded_kernel
 
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        layouts = [gl.NVMMASharedLayout(line, bits, rank=2) for line, bits in ((128, 16), (64, 32), (128, 32))]
     except (ImportError, AttributeError):
         return None
-    return _gemm_4bit_decoded_kernel, TensorDescriptor, layout
+    return (_gemm_4bit_decoded_kernel, TensorDescriptor, *layouts)
 
 
-def registers(tile: Tile) -> tuple[int | None, int]:
-    """Registers a thread at launch (None: Triton's own choice, one program a multiprocessor), and of a decoding one.
+def registers(tile: Tile) -> int:
+    """Registers a thread of a producer.
 
-    >>> registers(Tile("decoded", 128, 128, 2, 1, 4, 1, 3, per_sm=2))
-    (128, 88)
+    >>> registers(Tile("decoded", 256, 128, 4, 1, 8, 1, 4))
+    152
     """
-    relaying = 4 if tile.relay else 0  # one warp, and three that make up a warpgroup with it
-    warps = tile.n_warps + PRODUCERS + relaying
-    each = min(256, 65536 // (tile.per_sm * 32 * warps) // 8 * 8)
+    decoding = tile.producers * WARPS
+    warps = tile.n_warps + decoding
+    each = min(256, 65536 // (32 * warps) // 8 * 8)
     # Accumulators, and what addresses and the write-out take beside them.
     multiplying = -(-(tile.rows * tile.batch // (32 * tile.n_warps) + 40) // 8) * 8
-    left = each * warps - multiplying * tile.n_warps - 24 * relaying
-    decoding = min(152, left // PRODUCERS // 8 * 8)
-    return (each if tile.per_sm > 1 else None), decoding
+    return min(152, (each * warps - multiplying * tile.n_warps) // decoding // 8 * 8)
 
 
 class DecodedPlan:
@@ -59,7 +58,9 @@ class DecodedPlan:
         split: Partial products that a second kernel sums.
     """
 
-    __slots__ = ("_block", "_descriptor", "_grid", "_launcher", "_layout", "_numbers", "_sum", "m", "split", "width")
+    __slots__ = (
+        "_block", "_descriptor", "_grid", "_launcher", "_layout", "_numbers", "_sum", "_words", "m", "split", "width",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -77,22 +78,23 @@ class DecodedPlan:
         found = decoded_kernel()
         if found is None:
             raise RuntimeError(f"Triton {triton.__version__} has no Gluon that halfbyte knows")
-        kernel, self._descriptor, self._layout = found
+        kernel, self._descriptor, self._layout, lines_64, lines_128 = found
         terms, self.width = (n, k) if across else (k, n)
-        steps = -(-terms // STEP)
-        per_slice = -(-steps // tile.split)
-        self.m, self.split = m, -(-steps // per_slice)
+        steps, group = -(-terms // STEP), tile.unroll
+        per_slice = -(-steps // (tile.split * group))
+        self.m, self.split = m, -(-steps // (per_slice * group))
         levels = tuple(float(level) for level in codebook(quant_type).table)
-        self._numbers = (*levels, m, n, k, k // 8, k // blocksize, steps, per_slice)
+        self._numbers = (*levels, m, n, k, k // blocksize, steps, per_slice)
         self._grid = (-(-self.width // tile.rows), self.split, -(-m // tile.batch))
         self._block = [tile.batch, STEP]
-        maxnreg, decoding = registers(tile)
+        box = [STEP * group, 16] if across else [tile.rows, 8 * group]
+        self._words = ([n, k // 8], [k // 8, 1], box, lines_64 if box[1] == 16 else lines_128)
+        whole = not across and blocksize == STEP and steps % group == 0
         constants = (
-            tile.rows, tile.batch, blocksize, across, self.split, nested, bias and self.split == 1, tile.n_warps,
-            PRODUCERS, decoding, tile.unroll, tile.relay, tile.stages,
+            tile.batch, blocksize, across, self.split > 1, nested, bias and self.split == 1, whole,
+            self.width % 8 == 0, tile.n_warps, registers(tile), tile.stages, group, tile.producers,
         )  # fmt: skip
-        options = {} if maxnreg is None else {"maxnreg": maxnreg}
-        self._launcher = Launcher(kernel, constants, num_warps=tile.n_warps, enable_fp_fusion=False, **options)
+        self._launcher = Launcher(kernel, constants, num_warps=tile.n_warps, enable_fp_fusion=False)
         sum_constants = (self.split, 1024, bias)
         self._sum = Launcher(_sum_partial_kernel, sum_constants, num_warps=4) if self.split > 1 else None
 
@@ -109,12 +111,13 @@ class DecodedPlan:
         if stride < terms:  # rows that overlap, as of an expanded one
             x, stride = x.contiguous(), terms
         rows = self._descriptor(x, [m, terms], [stride, 1], self._block, self._layout)
+        words = self._descriptor(packed.view(-1).view(torch.int32), *self._words)
         if self._launcher.compiled():
             a, b, c = nested
             self._launcher.direct(
                 self._grid,
                 raw_stream(index),
-                packed.data_ptr(),
+                words,
                 rows,
                 absmax.data_ptr(),
                 None if a is None else a.data_ptr(),
@@ -125,7 +128,7 @@ class DecodedPlan:
                 *self._numbers,
             )
         else:
-            self._launcher.ordinary(self._grid, packed, rows, absmax, *nested, bias, partial, *self._numbers)
+            self._launcher.ordinary(self._grid, words, rows, absmax, *nested, bias, partial, *self._numbers)
         if self._sum is not None:
             sum_partial(self._sum, partial, bias, out, index)
 

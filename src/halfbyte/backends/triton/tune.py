@@ -53,7 +53,7 @@ def candidates(batch: int, arch: str, shared_bytes: int) -> Iterator[Tile]:
         tiles = itertools.chain(tiles, _warpgroup_tiles(batch), _decoded_tiles(batch))
     for tile in tiles:
         table = TABLE_BYTES if tile.kind in ("staged", "warpgroup") and tile.table else 0
-        if tile.kind == "register" or tile.per_sm * (tile.shared_bytes() + table) <= shared_bytes:
+        if tile.kind == "register" or tile.shared_bytes() + table <= shared_bytes:
             yield tile
 
 
@@ -82,12 +82,11 @@ def _decoded_tiles(batch: int) -> Iterator[Tile]:
     if decoded_kernel() is None:
         return
     rows = min(batch, 256)
-    for ahead in (2, 4):
-        if rows >= 128:
-            yield from _splits(Tile("decoded", rows, 128, ahead, 1, 8, 1, 4), batch)
-            yield from _splits(Tile("decoded", 128, 128, ahead, 1, 4, 1, 3, per_sm=2), batch)
-        else:
-            yield from _splits(Tile("decoded", rows, 128, ahead, 1, 4, 1, 4, per_sm=2), batch)
+    if rows >= 256:
+        yield from _splits(Tile("decoded", rows, 128, 4, 1, 8, 1, 4, table=False), batch)
+    else:
+        warps, stages = (8, 5) if rows == 128 else (4, 6)
+        yield from _splits(Tile("decoded", rows, 128, 2, 1, warps, 1, stages, table=False, producers=2), batch)
 
 
 def _splits(tile: Tile, batch: int) -> Iterator[Tile]:

@@ -45,15 +45,13 @@ class Tile:
             decoded into shared memory by warps of their own (Hopper).
         batch: Rows of activations of a program (BM).
         rows: Weight rows of a program (BN), a multiple of 16 times ``n_warps``.
-        unroll: Groups of 64 columns in an iteration (U); of a decoded tile: steps whose words are loaded ahead.
+        unroll: Groups of 64 columns in an iteration (U); of a decoded tile: steps whose words come at once.
         k_warps: Warps that share the K axis (KW).
         n_warps: Warps that share the rows (NW).
         split: Programs that share the K axis.
         stages: Iterations in shared memory or on their way there; of the register kernel: iterations loaded ahead.
         table: Decode by the table in shared memory, else by byte permutation.
-        per_sm: Programs that share a multiprocessor (decoded tiles).
-        relay: A warp of its own hands decoded stages on (decoded tiles of up to 64 accumulators a thread: the program
-            then has fewer registers a thread to start with).
+        producers: Groups of four warps that decode, 1 or 2 (decoded tiles).
     """
 
     kind: str
@@ -65,8 +63,7 @@ class Tile:
     split: int
     stages: int
     table: bool = True
-    per_sm: int = 1
-    relay: bool = False
+    producers: int = 1
 
     def __post_init__(self) -> None:
         for name in ("batch", "rows", "unroll", "k_warps", "n_warps"):
@@ -85,11 +82,15 @@ class Tile:
             raise ArgumentError(f"{self}", expected="unroll up to 4, split 1 or more, up to 16 stages")
         if self.kind in ("warpgroup", "decoded") and (self.k_warps > 1 or self.n_warps % 4):
             raise ArgumentError(f"{self}", expected="whole warpgroups of 4 warps, none of them sharing K")
+        if self.kind == "decoded" and (self.rows, self.unroll, self.producers) not in ((128, 4, 1), (128, 2, 2)):
+            raise ArgumentError(f"{self}", expected="128 rows, and a producer of 4 or two of 2 steps at once")
 
     def shared_bytes(self, pair: int = 2) -> int:
         """Dynamic shared memory that the buffers take, in groups of ``32 * pair`` columns."""
         if self.kind == "decoded":
-            return self.stages * (self.rows + self.batch) * STEP * 2
+            # Packed words of two groups of steps a producer, and the ring.
+            words = 2 * self.producers * self.unroll * self.rows * STEP // 2
+            return words + self.stages * (self.rows + self.batch) * STEP * 2
         if self.kind == "register":
             return self.k_warps * self.rows * self.batch * 4
         columns = 32 * pair * self.unroll * self.k_warps
@@ -207,12 +208,9 @@ def backward_tile_for(gpu: Gpu, m: int, n: int, k: int) -> Tile | None:
     """The tile of ``grad @ weight`` for ``m`` rows, None where slices of dequantized weight serve better or alone
     can."""
     table = read(gpu.arch)
-    if table is None or not table.fused_backward or m > _limit(table.fused_backward, n, k):
+    if gpu.arch != "sm_90" or table is None or not table.fused_backward or m > _limit(table.fused_backward, n, k):
         return None
-    # Few rows take the tile of the smallest bucket that was measured.
-    sizes = sorted({entry.batch for entry in table.backward})
-    batch = next((size for size in sizes if size >= m), None)
-    return None if batch is None else _nearest(table.backward, batch, n, k, 3.0)
+    return decoded_form(gpu, m, k, n)
 
 
 def _nearest(entries: tuple[Entry, ...], batch: int, n: int, k: int, within: float) -> Tile | None:
@@ -234,15 +232,41 @@ def closed_form(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
     4
     """
     if batch <= 16:
-        k_warps = 8 if k >= 8192 else 4
+        lonely = -(-n // 16) < gpu.multiprocessors and k >= 2048  # fewer programs than could run: wider ones
+        k_warps = 8 if k >= 8192 or lonely else 4
         return Tile("register", max(batch, 8), 16 if batch <= 8 else 32, 4, k_warps, 1, 1, 1)
+    if gpu.arch == "sm_90" and batch > 32:
+        return decoded_form(gpu, batch, n, k)
     programs = -(-n // 64)
     split = max(1, min(8, 2 * gpu.multiprocessors // programs, k // 1024))
     if gpu.arch == "sm_90":
-        return Tile("warpgroup", min(batch, 64), 64, 2, 1, 4, split, 2, table=False)
+        return Tile("warpgroup", 32, 64, 2, 1, 4, split, 2, table=False)
     return Tile(
         "staged", min(batch, 64), 64, 2 if batch == 32 else 1, 1, 4 if batch == 32 else 2, split, 3, table=False
     )
+
+
+def decoded_form(gpu: Gpu, batch: int, width: int, terms: int) -> Tile:
+    """The decoded tile of a product: as many slices of the sum as its programs fit the multiprocessors at once.
+
+    Args:
+        gpu: A Hopper GPU.
+        batch: Rows of activations.
+        width: Columns of the result.
+        terms: Terms of each sum.
+
+    >>> decoded_form(Gpu("sm_90", 132, 50 << 20, gluon=True), 100, 4096, 14336).split
+    4
+    """
+    rows = next((size for size in (16, 32, 64, 128) if batch <= size), 256)
+    programs = -(-width // 128) * -(-batch // rows)
+    most = min(8, gpu.multiprocessors // programs, terms // (8 * STEP))
+    # Five and seven were no better than four and six.
+    split = max(size for size in (1, 2, 3, 4, 6, 8) if size <= max(1, most))
+    if rows == 256:
+        return Tile("decoded", rows, 128, 4, 1, 8, split, 4, table=False)
+    warps, stages = (8, 5) if rows == 128 else (4, 6)
+    return Tile("decoded", rows, 128, 2, 1, warps, split, stages, table=False, producers=2)
 
 
 def fused_up_to(gpu: Gpu, n: int, k: int) -> int:

@@ -1,14 +1,16 @@
-"""The 4-bit product for large batches on Hopper, in Gluon: some warps decode the weight into shared memory, others
-multiply.
+"""The 4-bit product for more than a few rows on Hopper, in Gluon: some warps decode the weight into shared memory,
+others multiply.
 
-Producer warps hold one block of 64 weights a thread. They scale the 16 levels by the block's absmax first, so that the
-16 products, rounded once, are a table in registers, and every code is then looked up by byte permutation: what lands in
-shared memory is the dequantized weight to the last bit. The activation comes beside it by the copy engine. Consumer
-warps do nothing but wgmma. Two rings of barriers connect them.
+The copy engine brings packed words, G steps of 64 terms at a time, and the activation. A producer's thread holds one
+block of 64 weights: it scales the 16 levels by the block's absmax first, so that the 16 products, rounded once, are a
+table in registers, and looks every code up by byte permutation: what lands in shared memory is the dequantized weight
+to the last bit. Consumer warps do nothing but wgmma. Rings of barriers connect them.
+
+Loads that run ahead must not end in registers that a loop passes on: to move a register is to wait for its load, and
+the distance is lost. So words stay in shared memory until their step, and scales are loaded two groups of steps ahead.
 
 Read along its rows the weight gives ``x @ weight.T``, read across them (ACROSS) ``grad @ weight``: the tensor cores
-take
-the transposed tile as it is.
+take the transposed tile as it is.
 """
 
 from triton.experimental import gluon
@@ -76,10 +78,49 @@ _LOOKUP_CONSTRAINTS: gl.constexpr = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 
 
 
 @gluon.constexpr_function
-def _word_layout(BLOCKS, WARPS):
-    """Words [BLOCKS, 8] of blocks: a whole block, or half of one, a thread."""
-    words = min(8, BLOCKS * 8 // (32 * WARPS))
-    return gl.BlockedLayout([1, words], [32 // (8 // words), 8 // words], [WARPS, 1], [1, 0])
+def _word_layout():
+    """Words [128, 8] of blocks of 64 weights: a whole block a thread of four warps."""
+    return gl.BlockedLayout([1, 8], [32, 1], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _packed_layout(ACROSS, G):
+    """Words of G steps: those of a thread's blocks. [128, 8 G]: rows of the weight; ACROSS [64 G, 16]: G times 64 rows,
+    two blocks of each."""
+    rows = [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0]]
+    words = [[0, 1], [0, 2], [0, 4]]
+    if ACROSS:
+        steps = [[64, 0], [128, 0]][: 1 if G == 2 else 2]
+        return gl.DistributedLinearLayout(words + steps, rows, [[32, 0], [0, 8]], [], [64 * G, 16])
+    steps = [[0, 8], [0, 16]][: 1 if G == 2 else 2]
+    return gl.DistributedLinearLayout(words + steps, rows, [[32, 0], [64, 0]], [], [128, 8 * G])
+
+
+@gluon.jit
+def _split_steps(packed, ACROSS: gl.constexpr, G: gl.constexpr):
+    """Words [128, 8] of each of G steps, a tuple."""
+    w_l: gl.constexpr = _word_layout()
+    if G == 2:
+        if ACROSS:
+            words = packed.reshape([2, 64, 2, 8]).permute((2, 1, 3, 0)).reshape([128, 8, 2])
+        else:
+            words = packed.reshape([128, 2, 8]).permute((0, 2, 1))
+        w0, w1 = words.split()
+        return (gl.convert_layout(w0, w_l, assert_trivial=True), gl.convert_layout(w1, w_l, assert_trivial=True))
+    else:
+        if ACROSS:
+            words = packed.reshape([4, 64, 2, 8]).permute((2, 1, 3, 0)).reshape([128, 8, 2, 2])
+        else:
+            words = packed.reshape([128, 4, 8]).permute((0, 2, 1)).reshape([128, 8, 2, 2])
+        even, odd = words.split()
+        w0, w2 = even.split()
+        w1, w3 = odd.split()
+        return (
+            gl.convert_layout(w0, w_l, assert_trivial=True),
+            gl.convert_layout(w1, w_l, assert_trivial=True),
+            gl.convert_layout(w2, w_l, assert_trivial=True),
+            gl.convert_layout(w3, w_l, assert_trivial=True),
+        )
 
 
 @gluon.jit
@@ -126,106 +167,145 @@ else:  # renamed in Triton 3.7
 
 
 @gluon.jit
-def _fetch(
-    i, words_ptr, scales, row, word, w_base, i_base, row_words, row_blocks, N, begin, steps,
-    BLOCK: gl.constexpr, ACROSS: gl.constexpr,
+def _fetch_scales(
+    i, scales, row, base, row_blocks, N, begin, steps,
+    BLOCK: gl.constexpr, ACROSS: gl.constexpr, WHOLE: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
-    """Words [BLOCKS, 8], absmax or its code, and the block's number [BLOCKS] of step ``i``, or of the last one."""
-    if ACROSS:
-        at = gl.minimum(row + i * 64, N - 1)
-        index = at * row_blocks + i_base
-        first = at * row_words + w_base
+    """absmax or its code, and the block's number, [128] each, of the G steps from ``i`` on, or of the last ones."""
+    s_l: gl.constexpr = gl.SliceLayout(1, _word_layout())
+    found = ()
+    if WHOLE:
+        g_l: gl.constexpr = gl.BlockedLayout([1, G], [32, 1], [4, 1], [1, 0])
+        first = base + begin + gl.minimum(i, steps - G)
+        start = gl.convert_layout(first, gl.SliceLayout(1, g_l), assert_trivial=True)
+        loaded = gl.load(scales + (start[:, None] + gl.arange(0, G, gl.SliceLayout(0, g_l))[None, :]))
+        if G == 2:
+            q0, q1 = loaded.split()
+            found = (
+                (gl.convert_layout(q0, s_l, assert_trivial=True), first),
+                (gl.convert_layout(q1, s_l, assert_trivial=True), first + 1),
+            )
+        else:
+            even, odd = loaded.reshape([128, 2, 2]).split()
+            q0, q2 = even.split()
+            q1, q3 = odd.split()
+            found = (
+                (gl.convert_layout(q0, s_l, assert_trivial=True), first),
+                (gl.convert_layout(q1, s_l, assert_trivial=True), first + 1),
+                (gl.convert_layout(q2, s_l, assert_trivial=True), first + 2),
+                (gl.convert_layout(q3, s_l, assert_trivial=True), first + 3),
+            )
     else:
-        i = gl.minimum(i, steps - 1)
-        index = i_base + (begin + i) * 64 // BLOCK
-        first = w_base + i * 8
-    return gl.load(words_ptr + (first[:, None] + word[None, :])), gl.load(scales + index), index
+        for u in gl.static_range(G):
+            if ACROSS:
+                index = gl.minimum(row + (i + u) * 64, N - 1) * row_blocks + base
+            else:
+                index = base + (begin + gl.minimum(i + u, steps - 1)) * 64 // BLOCK
+            found = found + ((gl.load(scales + index), index),)
+    return found
+
+
+@gluon.jit
+def _scales_of(found, nested, NESTED: gl.constexpr, G: gl.constexpr):
+    """fp32 scales, a tuple of G, of what :func:`_fetch_scales` found."""
+    absmax, absmax_code, offset = nested
+    scales = ()
+    for u in gl.static_range(G):
+        q, index = found[u]
+        if NESTED:
+            scales = scales + (gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset,)
+        else:
+            scales = scales + (q,)
+    return scales
 
 
 @gluon.jit
 def _produce(
-    source, w_ring, x_ring, written, full, empty, place,
-    BN: gl.constexpr, BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, NESTED: gl.constexpr,
-    STAGES: gl.constexpr, AHEAD: gl.constexpr, WARPS: gl.constexpr,
+    source, p_ring, w_ring, x_ring, packed, full, empty, place,
+    BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, NESTED: gl.constexpr, WHOLE: gl.constexpr,
+    STAGES: gl.constexpr, G: gl.constexpr, PG: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
-    """Fill the rings: for every step of 64 terms the activation and the decoded weight."""
-    w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels = source
-    N, K, row_words, row_blocks, first, batch, begin, steps = place
+    """Fill the rings: for every step of 64 terms the activation and the decoded weight.
+
+    Producer WHO of PG takes every PG-th group of G steps.
+    """
+    w_desc, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels = source
+    N, K, row_blocks, first, batch, begin, steps = place
     DT: gl.constexpr = x_ring.dtype
-    w_l: gl.constexpr = _word_layout(BN, WARPS)
-    block = gl.arange(0, BN, gl.SliceLayout(1, w_l))
-    word = gl.arange(0, 8, gl.SliceLayout(0, w_l))
+    p_l: gl.constexpr = _packed_layout(ACROSS, G)
+    BYTES: gl.constexpr = 4096 * G
+    block = gl.arange(0, 128, gl.SliceLayout(1, _word_layout()))
     if ACROSS:
-        # Blocks stand column by column: the tile [64 terms, BN columns] lies in shared memory in strips of 64 columns.
+        # Blocks stand column by column: the tile [64 terms, 128 columns] lies in shared memory in strips of 64 columns.
         row = begin * 64 + block % 64
-        column = gl.minimum(first + (block // 64) * 64, K - 64)
-        w_base = column // 8
-        i_base = column // BLOCK
+        base = gl.minimum(first + (block // 64) * 64, K - 64) // BLOCK
     else:
         row = gl.minimum(first + block, N - 1)
-        w_base = row * row_words + begin * 8
-        i_base = row * row_blocks
-    words_ptr = w_ptr.cast(gl.pointer_type(gl.int32), bitcast=True)
+        base = row * row_blocks
     scales = absmax_8bit if NESTED else absmax
-    if NESTED:
-        offset = gl.load(absmax_offset)
-    queue = ()
-    for i in gl.static_range(AHEAD):
-        queue = queue + (
-            _fetch(
-                i, words_ptr, scales, row, word, w_base, i_base, row_words, row_blocks, N, begin, steps, BLOCK, ACROSS
-            ),
-        )
-    stage = 0
+    offset = gl.load(absmax_offset) if NESTED else 0.0
+    nested = (absmax, absmax_code, offset)
+    for group in gl.static_range(2):
+        step = begin + (WHO + group * PG) * G
+        mbarrier.expect(packed.index(WHO * 2 + group), BYTES)
+        at = [step * 64, first // 8] if ACROSS else [first, step * 8]
+        _load_tile(w_desc, at, packed.index(WHO * 2 + group), p_ring.index(WHO * 2 + group))
+    found = _fetch_scales(WHO * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
+    ahead = _scales_of(found, nested, NESTED, G)
+    found = _fetch_scales((WHO + PG) * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
+    stage = WHO * G
     phase = 1
-    for i in range(steps):
-        mbarrier.wait(empty.index(stage), phase)
-        mbarrier.expect(full.index(stage), BM * 128)
-        _load_tile(x_desc, [batch, (begin + i) * 64], full.index(stage), x_ring.index(stage))
-        words, scale, index = queue[0]
-        rest = ()
-        for a in gl.static_range(1, AHEAD):
-            rest = rest + (queue[a],)
-        queue = rest + (
-            _fetch(
-                i + AHEAD, words_ptr, scales, row, word, w_base, i_base, row_words, row_blocks, N, begin, steps, BLOCK,
-                ACROSS,
-            ),
-        )  # fmt: skip
-        if NESTED:
-            scale = gl.load(absmax_code + scale.to(gl.int32)) * gl.load(absmax + index // 256) + offset
-        if ACROSS:
-            # The sum has no terms past N: what was read there again counts nothing.
-            scale = gl.where(row + i * 64 < N, scale, 0.0)
-        w_ring.index(stage).store(_decode_block(words, scale, levels, DT))
+    half = 0
+    half_phase = 0
+    for i in range(WHO * G, steps, PG * G):
+        mbarrier.wait(packed.index(WHO * 2 + half), half_phase)
+        words = _split_steps(p_ring.index(WHO * 2 + half).load(p_l), ACROSS, G)
         _barrier()
-        mbarrier.arrive(written.index(stage), count=1)
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
-
-
-@gluon.jit
-def _relay(written, full, steps, STAGES: gl.constexpr):
-    """Hand decoded stages on to the tensor cores, with the fence that their reading needs."""
-    stage = 0
-    phase = 0
-    for _ in range(steps):
-        mbarrier.wait(written.index(stage), phase)
-        fence_async_shared()
-        mbarrier.arrive(full.index(stage), count=1)
-        stage += 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
+        mbarrier.expect(packed.index(WHO * 2 + half), BYTES)
+        step = begin + i + 2 * PG * G
+        at = [step * 64, first // 8] if ACROSS else [first, step * 8]
+        _load_tile(w_desc, at, packed.index(WHO * 2 + half), p_ring.index(WHO * 2 + half))
+        # Scales are loaded two groups ahead, and where they are nested decoded one group ahead.
+        now = ahead
+        ahead = _scales_of(found, nested, NESTED, G)
+        found = _fetch_scales(i + 2 * PG * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
+        for u in gl.static_range(G):
+            if i + u < steps:
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(full.index(stage), BM * 128)
+                _load_tile(x_desc, [batch, (begin + i + u) * 64], full.index(stage), x_ring.index(stage))
+                scale = now[u]
+                if ACROSS:
+                    # The sum has no terms past N: what was read there again counts nothing.
+                    scale = gl.where(row + (i + u) * 64 < N, scale, 0.0)
+                w_ring.index(stage).store(_decode_block(words[u], scale, levels, DT))
+                _barrier()
+                mbarrier.arrive(full.index(stage), count=1)
+                stage += 1
+                if stage == STAGES:
+                    stage = 0
+                    phase = phase ^ 1
+        if PG > 1:
+            stage += (PG - 1) * G
+            if stage >= STAGES:
+                stage -= STAGES
+                phase = phase ^ 1
+        half = half ^ 1
+        if half == 0:
+            half_phase = half_phase ^ 1
+    # Two copies past the end are still under way; the memory is not free before they have landed.
+    for _ in gl.static_range(2):
+        mbarrier.wait(packed.index(WHO * 2 + half), half_phase)
+        half = half ^ 1
+        if half == 0:
+            half_phase = half_phase ^ 1
 
 
 @gluon.jit
 def _consume(
     w_ring, x_ring, full, empty, result,
     BN: gl.constexpr, BM: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr, BIAS: gl.constexpr,
-    STAGES: gl.constexpr, NW: gl.constexpr, RELAY: gl.constexpr,
+    STAGES: gl.constexpr, NW: gl.constexpr,
 ):  # fmt: skip
     """Multiply what the rings bring; write the tile."""
     bias_ptr, out_ptr, M, width, first, batch, split, steps = result
@@ -237,8 +317,9 @@ def _consume(
     phase = 0
     for i in range(steps):
         mbarrier.wait(full.index(stage), phase)
-        if not RELAY:
-            fence_async_shared()
+        # What ordinary stores wrote, the tensor cores read after a fence. Here, because a fence waits for all that its
+        # thread has under way, and the producers have loads under way for the steps to come.
+        fence_async_shared()
         if ACROSS:
             A = _view(w_ring.index(stage), DT, 64, BN, w_shared).permute((1, 0))
         else:
@@ -257,7 +338,7 @@ def _consume(
 
     n = first + gl.arange(0, BN, gl.SliceLayout(1, acc_l))
     m = batch + gl.arange(0, BM, gl.SliceLayout(0, acc_l))
-    if SPLIT > 1:
+    if SPLIT:
         keep = (n < width)[:, None] & (m < M)[None, :]
         gl.store(out_ptr + (split * M + m[None, :]).to(gl.int64) * width + n[:, None], acc, mask=keep)
     else:
@@ -275,84 +356,134 @@ def _consume(
         gl.store(out_ptr + om[:, None].to(gl.int64) * width + on[None, :], tile.load(o_l), mask=keep)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "per_slice"])
 def _gemm_4bit_decoded_kernel(
-    w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr,
+    w_desc, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr,
     l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15,
-    M, N, K, row_words, row_blocks, steps, per_slice,
-    BN: gl.constexpr, BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr,
-    NESTED: gl.constexpr, BIAS: gl.constexpr, NW: gl.constexpr, PW: gl.constexpr, REGISTERS: gl.constexpr,
-    AHEAD: gl.constexpr, RELAY: gl.constexpr, STAGES: gl.constexpr,
+    M, N, K, row_blocks, steps, per_slice,
+    BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr, NESTED: gl.constexpr,
+    BIAS: gl.constexpr, WHOLE: gl.constexpr, EIGHTS: gl.constexpr, NW: gl.constexpr, REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, G: gl.constexpr, PG: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]``, ACROSS: ``out[m, k] = sum_n x[m, n] * weight[n, k]``.
 
-    Grid: (tiles of BN, SPLIT, tiles of BM). A step is 64 terms of the sum, ``steps`` of them in all and ``per_slice``
-    in
-    each of the SPLIT slices. BLOCK weights, a multiple of 64, share a scale, and blocks do not straddle rows. NW warps
-    multiply, PW decode, with REGISTERS each for the latter. What ordinary stores wrote, the tensor cores read after a
-    fence. It waits for all that its thread has under way, loads for the steps to come as well, so the producers leave
-    it to the consumers or (RELAY) to a warp that does nothing else. With SPLIT > 1 fp32 sums go to ``out_ptr``
-    [SPLIT, M, ...].
+    Grid: (tiles of 128, splits, tiles of BM). A step is 64 terms of the sum, ``steps`` of them in all and ``per_slice``
+    groups of G (2 or 4) in each slice. BLOCK weights, a multiple of 64, share a scale, and blocks do not straddle rows.
+    ``w_desc`` describes the packed words of a group: [128 rows, 8 G words], ACROSS [64 G rows, 16 words]. WHOLE: not
+    ACROSS, blocks of 64, and ``steps`` a multiple of G, so that a group's scales lie side by side. EIGHTS: rows of the
+    result are a multiple of eight. NW warps multiply, PG (1 or 2) producers of four warps decode, with REGISTERS each
+    for the latter. With SPLIT fp32 sums go to ``out_ptr`` [splits, M, ...].
     """
+    BN: gl.constexpr = 128
     DT: gl.constexpr = x_desc.dtype
     first = gl.program_id(0) * BN
     split = gl.program_id(1)
     batch = gl.program_id(2) * BM
-    begin = split * per_slice
-    mine = gl.minimum(per_slice, steps - begin)
+    begin = split * (per_slice * G)
+    mine = gl.minimum(per_slice * G, steps - begin)
     pair_l: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    p_ring = gl.allocate_shared_memory(
+        gl.int32, [2 * PG, 64 * G, 16] if ACROSS else [2 * PG, 128, 8 * G], w_desc.layout
+    )
     w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, BN, 32], pair_l)
     x_ring = gl.allocate_shared_memory(DT, [STAGES, BM, 64], x_desc.layout)
+    packed = gl.allocate_shared_memory(gl.int64, [2 * PG, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    # A stage is written, then full: the same, unless a warp stands between.
-    written = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()) if RELAY else full
+    for half in gl.static_range(2 * PG):
+        mbarrier.init(packed.index(half), count=1)
     for stage in gl.static_range(STAGES):
-        if RELAY:
-            mbarrier.init(written.index(stage), count=1)
         # The weight's arrival and the announcement of the activation's bytes.
         mbarrier.init(full.index(stage), count=2)
         mbarrier.init(empty.index(stage), count=1)
     fence_async_shared()
     levels = (l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15)
     width = K if ACROSS else N
+    if EIGHTS:
+        # Said so that the compiler knows: lanes may write 16 bytes.
+        width = width // 8 * 8
     result = (bias_ptr, out_ptr, M, width, first, batch, split, mine)
-    source = (w_ptr, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels)
-    place = (N, K, row_words, row_blocks, first, batch, begin, mine)
-    if RELAY:
+    source = (w_desc, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels)
+    place = (N, K, row_blocks, first, batch, begin, mine)
+    if PG == 2:
         gl.warp_specialize(
             [
+                (_consume, (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW)),
                 (
-                    _consume,
-                    (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, RELAY),
+                    _produce,
+                    (
+                        source,
+                        p_ring,
+                        w_ring,
+                        x_ring,
+                        packed,
+                        full,
+                        empty,
+                        place,
+                        BM,
+                        BLOCK,
+                        ACROSS,
+                        NESTED,
+                        WHOLE,
+                        STAGES,
+                        G,
+                        PG,
+                        0,
+                    ),
                 ),
                 (
                     _produce,
                     (
-                        source, w_ring, x_ring, written, full, empty, place, BN, BM, BLOCK, ACROSS, NESTED, STAGES,
-                        AHEAD, PW,
+                        source,
+                        p_ring,
+                        w_ring,
+                        x_ring,
+                        packed,
+                        full,
+                        empty,
+                        place,
+                        BM,
+                        BLOCK,
+                        ACROSS,
+                        NESTED,
+                        WHOLE,
+                        STAGES,
+                        G,
+                        PG,
+                        1,
                     ),
                 ),
-                (_relay, (written, full, mine, STAGES)),
             ],
-            [PW, 1],
-            [REGISTERS, 24],
-        )  # fmt: skip
+            [4, 4],
+            [REGISTERS, REGISTERS],
+        )
     else:
         gl.warp_specialize(
             [
-                (
-                    _consume,
-                    (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW, RELAY),
-                ),
+                (_consume, (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW)),
                 (
                     _produce,
                     (
-                        source, w_ring, x_ring, written, full, empty, place, BN, BM, BLOCK, ACROSS, NESTED, STAGES,
-                        AHEAD, PW,
+                        source,
+                        p_ring,
+                        w_ring,
+                        x_ring,
+                        packed,
+                        full,
+                        empty,
+                        place,
+                        BM,
+                        BLOCK,
+                        ACROSS,
+                        NESTED,
+                        WHOLE,
+                        STAGES,
+                        G,
+                        PG,
+                        0,
                     ),
                 ),
             ],
-            [PW],
+            [4],
             [REGISTERS],
-        )  # fmt: skip
+        )
