@@ -15,7 +15,7 @@ from torch import Tensor
 from halfbyte.backends.triton.decoded import sum_partial
 from halfbyte.backends.triton.dequantize import Nested
 from halfbyte.backends.triton.kernels.gemm_portable import _sum_partial_kernel
-from halfbyte.backends.triton.launch import Launcher, on_its_device, raw_stream
+from halfbyte.backends.triton.launch import Launcher, allocation, on_its_device, raw_stream
 from halfbyte.backends.triton.tuning import Tile
 
 __all__ = ["FusedPlan", "fused_kernels"]
@@ -143,12 +143,13 @@ class FusedPlan:
         if parts is None or summed is None:
             return None
         address = None if bias is None else bias.data_ptr()
+        empty = allocation(shape)
 
         def call(x: Tensor) -> Tensor | None:
             partial = parts(x)
             if partial is None:
                 return None
-            out = x.new_empty(shape)
+            out = empty(x)
             summed(partial.data_ptr(), address, out.data_ptr())
             return out
 

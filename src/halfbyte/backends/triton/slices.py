@@ -20,7 +20,7 @@ from torch import Tensor
 
 from halfbyte.backends.triton.dequantize import Nested, dequantize_into, whole_filling
 from halfbyte.backends.triton.device import pairs_of
-from halfbyte.backends.triton.launch import on_its_device
+from halfbyte.backends.triton.launch import allocation, on_its_device
 
 __all__ = ["backward", "forward", "repeated", "slice_rows"]
 
@@ -126,13 +126,15 @@ def repeated(
     if fill is None or n * k * dtype.itemsize > SLICE_BYTES:
         return None
 
+    empty = allocation(shape, dtype)
+
     def forward(x: Tensor) -> Tensor:
-        weight = x.new_empty(shape)
+        weight = empty(x)
         fill(weight.data_ptr())
         return F.linear(x, weight, bias)
 
     def backward(grad: Tensor) -> Tensor:
-        weight = grad.new_empty(shape)
+        weight = empty(grad)
         fill(weight.data_ptr())
         return torch.matmul(grad, weight)
 
