@@ -22,15 +22,18 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import halfbyte
 from halfbyte.nn import Linear4bit
 from halfbyte.optim import AdamW
-from tests.support.sharding import FULLY_SHARDED
+from tests.support.sharding import SHARDS_BYTES
 
 __all__ = ["KINDS", "STEPS", "adapter", "batch", "qlora", "step"]
 
 STEPS = 4
-KINDS = {
-    "fully_shard": FULLY_SHARDED,
-    "fully_shard in bfloat16": FULLY_SHARDED,
+FULLY_SHARDED = {
+    "fully_shard": "uint8",
+    "fully_shard in bfloat16": "uint8",
     "fully_shard, float32 storage": "float32",
+}
+KINDS = {
+    **(FULLY_SHARDED if SHARDS_BYTES else {}),
     "FSDP": "uint8",
     "FSDP, float32 storage": "float32",
     "DDP": "uint8",

@@ -5,7 +5,12 @@ from __future__ import annotations
 import torch
 from packaging.version import Version
 
-__all__ = ["FULLY_SHARDED"]
+__all__ = ["SHARDS_BYTES", "needs_bytes_sharded"]
 
-FULLY_SHARDED = "uint8" if Version(Version(torch.__version__).base_version) >= Version("2.13") else "float32"
-"""``bnb_4bit_quant_storage`` under ``fully_shard``: no integers before (seen in 2.11; pytorch/pytorch#177844)."""
+SHARDS_BYTES = Version(Version(torch.__version__).base_version) >= Version("2.13")
+"""Whether ``fully_shard`` takes integer parameters. 2.8 and 2.11 refuse them (pytorch/pytorch#177844)."""
+
+
+def needs_bytes_sharded() -> dict[str, object]:
+    """Arguments of ``pytest.mark.skipif`` for what shards packed codes as bytes."""
+    return {"condition": not SHARDS_BYTES, "reason": "fully_shard takes bytes from torch 2.13 on"}
