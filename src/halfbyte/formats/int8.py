@@ -10,6 +10,7 @@ __all__ = [
     "EXACT_INT32_TERMS",
     "LAYOUTS",
     "STEP",
+    "STEP_SQUARED",
     "WEIGHT_FORMATS",
     "Layout",
 ]
@@ -18,7 +19,10 @@ CODE_MAX = 127
 """Largest code; -128 is not used, so that the codes are symmetric."""
 
 STEP = 1 / CODE_MAX
-"""``value = code * absmax * STEP``; a product has two such factors, the column's and the row's."""
+"""``value = code * absmax * STEP``."""
+
+STEP_SQUARED = 1 / CODE_MAX**2
+"""``product = sum of code products * (absmax of the column * STEP_SQUARED) * absmax of the row``: 6.2000124e-05."""
 
 EXACT_FP32_TERMS = 1024
 """Products of two int8 numbers whose sum fp32 holds exactly, whatever their order: 1024 * 128**2 = 2**24."""

@@ -110,7 +110,7 @@ def _scale(sums: Tensor, row_stats: Tensor, col_stats: Tensor) -> Tensor:
 
     Activations may be huge, weights are not: in this order nothing overflows that the result does not.
     """
-    return _rows(sums).float() * (col_stats.view(1, -1) * int8.STEP) * (row_stats.view(-1, 1) * int8.STEP)
+    return _rows(sums).float() * (col_stats.view(1, -1) * int8.STEP_SQUARED) * row_stats.view(-1, 1)
 
 
 @implements("reference", "int8_mm_dequant")

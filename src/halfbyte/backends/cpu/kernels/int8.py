@@ -8,7 +8,7 @@ from halfbyte.backends.cpu.kernels.emitter import Emitter
 from halfbyte.backends.cpu.kernels.levels import Level
 from halfbyte.backends.cpu.kernels.ssa import F32, I8, I16, I32, I64, Type, Value, Variable
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, load_float, store_float
-from halfbyte.formats.int8 import CODE_MAX, STEP
+from halfbyte.formats.int8 import CODE_MAX, STEP, STEP_SQUARED
 
 __all__ = ["NO_THRESHOLD", "PRODUCT_ARGUMENTS", "QUANTIZE_ARGUMENTS", "emit_product", "emit_quantize"]
 
@@ -228,7 +228,7 @@ class _Product:
         column_absmax = e.load(F32, self.column_absmax + (row << 2))
         row_absmax = e.load(F32, self.row_absmax + (member << 2))
         # Activations may be huge, weights are not: in this order nothing overflows that the result does not.
-        scaled = e.convert("sitofp", total, "float") * (column_absmax * STEP) * (row_absmax * STEP)
+        scaled = e.convert("sitofp", total, "float") * (column_absmax * STEP_SQUARED) * row_absmax
         result = e.variable(F32, scaled)
         if self.split:
             result.set(result.get() + self.apart(row, member, column_absmax))

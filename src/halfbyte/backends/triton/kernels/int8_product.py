@@ -87,7 +87,7 @@ def _finish(
     if RAW:
         tl.store(place, sums, mask=inside)
     else:
-        columns = tl.load(column_absmax + n, mask=n < N, other=0.0) * STEP
+        columns = tl.load(column_absmax + n, mask=n < N, other=0.0)
         top = tl.load(row_absmax + m, mask=m < M, other=0.0)
         shrink, grow = _shrinking(top)
         # In this order nothing overflows that the result does not: the largest factor comes last.
@@ -95,16 +95,16 @@ def _finish(
             # Outliers times codes lack one factor, the column's: it comes after both were added.
             result = sums.to(tl.float32) * (tl.abs(top) * STEP * shrink)[:, None]
         elif SPLIT:
-            result = sums.to(tl.float32) * columns[None, :] * (tl.abs(top) * STEP)[:, None]
+            result = sums.to(tl.float32) * (columns * (STEP * STEP))[None, :] * tl.abs(top)[:, None]
         else:
-            result = sums.to(tl.float32) * columns[None, :] * (top * STEP)[:, None]
+            result = sums.to(tl.float32) * (columns * (STEP * STEP))[None, :] * top[:, None]
         if SPLIT:
             result = _add_outliers(
                 result, first, m, n, shrink, x, weight, full, words, apart_x, apart_weight, count, threshold, M, N, K,
                 x_stride, BM, BO, CAPACITY, WORDS, FULL,
             )  # fmt: skip
             if not FULL:
-                result = result * columns[None, :] * grow[:, None]
+                result = result * (columns * STEP)[None, :] * grow[:, None]
         if BIAS:
             result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         tl.store(place, result.to(out.dtype.element_ty), mask=inside)

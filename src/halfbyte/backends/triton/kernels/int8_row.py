@@ -102,9 +102,10 @@ def _int8_row_kernel(
             wanted = wanted & inside[None, :]
         upcoming = tl.load(weight + following.to(tl.int64)[:, None] * K4 + word[None, :], mask=wanted, other=0)
         total = tl.sum(_dot4(codes, four[None, :], ASM), axis=1).to(tl.float32)
-        columns = tl.load(column_absmax + n, mask=n < N, other=0.0) * STEP
+        columns = tl.load(column_absmax + n, mask=n < N, other=0.0)
         # In this order nothing overflows that the result does not: the largest factor comes last.
         if SPLIT:
+            columns *= STEP
             result = total * (top * STEP) * columns
             if some:
                 apart = tl.sum(_dot4(codes, last[None, :], ASM), axis=1).to(tl.float32)
@@ -114,7 +115,7 @@ def _int8_row_kernel(
                 apart = apart * 256 + tl.sum(_dot4(codes, plane0[None, :], ASM), axis=1).to(tl.float32)
                 result += apart * columns * unit
         else:
-            result = total * columns * (top * STEP)
+            result = total * (columns * (STEP * STEP)) * top
         if BIAS:
             result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
         tl.store(out + n, result.to(out.dtype.element_ty), mask=n < N)
