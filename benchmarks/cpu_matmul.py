@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/cpu_matmul.py [--threads 2] [--out NAME.csv] [--shapes 4096x4096,...] [--batches 1,4,...]
     [--peer PYTHON | --peer-path DIR]
-Each process takes its turn (see ``cpu_turns.py``): halfbyte and torch, bitsandbytes' functions, and its
-layers. In a turn, weights rotate over 200 MB, and each round has an order of its own. Contestants are called as
-functions (``matmul_4bit``, ``F.linear``) and, with "layer" in the name, as ``Linear4bit`` and ``Linear``; bitsandbytes' layer
+Each process takes its turn (see ``cpu_turns.py``): halfbyte and torch, bitsandbytes' functions, and its layers. In a
+turn, weights rotate over 200 MB, and each round has an order of its own. Contestants are called as functions
+(``matmul_4bit``, ``F.linear``) and, with "layer" in the name, as ``Linear4bit`` and ``Linear``; bitsandbytes' layer
 repacks its weight in ``eval`` mode, and is canonical in training mode. ``gb_s`` counts packed bytes and absmax.
 """
 

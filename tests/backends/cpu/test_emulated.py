@@ -98,6 +98,16 @@ def test_rows_read_no_byte_beyond_the_weight(emulated: Callable[[str], None], na
     assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_on_any_number_of_threads(
+    emulated: Callable[[str], None], use_threads: Callable[[int], None], threads: int
+) -> None:
+    emulated("amx")
+    use_threads(threads)
+    for batch in (1, 3):
+        check(batch, 300, 4096, torch.bfloat16)
+
+
 @pytest.mark.parametrize("rows", [1, 15, 16, 31, 33, 300])
 def test_tiles_of_any_number_of_rows_and_threads(
     emulated: Callable[[str], None], use_threads: Callable[[int], None], rows: int

@@ -52,7 +52,7 @@ def _wide(dtype: str, blocksizes: Sequence[int], nested: Sequence[bool]) -> list
     for double, blocksize in itertools.product(nested, blocksizes):
         if level.wide_rows:
             for batch in range(1, fused.ROWS_BATCH + 1):
-                found += fused.row_variants(level, dtype, double, fused.blocks_of(blocksize), batch)
+                found.append(fused.row_variant(level, dtype, double, fused.blocks_of(blocksize), batch))
         if level.matrix and dtype == "bf16":
             for wide, whole in {(1, True), (tiled.WIDE, True), (tiled.WIDE, False)}:
                 found += tiled.variants(double, blocksize < CHUNK, wide, whole)

@@ -31,7 +31,6 @@ KERNELS: dict[str, tuple[Callable[..., None], tuple[str, ...]]] = {
     "dequantize_4bit": (dequantize.emit, dequantize.ARGUMENTS),
     "prepare": (product.emit_prepare, product.PREPARE_ARGUMENTS),
     "product_4bit": (product.emit, product.ARGUMENTS),
-    "prepare_rows": (rows.emit_prepare, rows.PREPARE_ARGUMENTS),
     "product_rows": (rows.emit, rows.ARGUMENTS),
     "prepare_tiles": (tiles.emit_prepare, tiles.PREPARE_ARGUMENTS),
     "product_tiles": (tiles.emit, tiles.ARGUMENTS),

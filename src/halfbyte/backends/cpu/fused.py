@@ -15,7 +15,7 @@ from halfbyte.backends.cpu.kernels.product import ROWS
 from halfbyte.backends.cpu.weight import Sizes
 from halfbyte.backends.cpu.workspace import scratch
 
-__all__ = ["ROWS_BATCH", "blocks_of", "by_chunks", "by_rows", "row_variants", "takes_rows", "tiles_in_use"]
+__all__ = ["ROWS_BATCH", "blocks_of", "by_chunks", "by_rows", "row_variant", "takes_rows", "tiles_in_use"]
 
 PANEL_BYTES = 16 << 10
 """Activations that a tile works on at a time: half of the smallest first-level cache."""
@@ -40,35 +40,31 @@ def blocks_of(blocksize: int) -> int:
 def by_rows(batch: int, dtype: torch.dtype, weight: Sizes) -> Product:
     """Very few activations: several rows at a time, 128 codes in one register."""
     columns, blocks = weight.columns, blocks_of(weight.blocksize)
-    prepare, product, pairs = _row_kernels(host.level(), DTYPES[dtype], weight.nested, blocks, batch)
+    product, pairs = _row_kernel(host.level(), DTYPES[dtype], weight.nested, blocks, batch)
     size, groups = batch * columns * (2 if pairs else 4), columns // rows.WIDE
     a_piece = -(-weight.rows // (TOGETHER * 8 * threads.count())) * TOGETHER
     pieces = -(-weight.rows // a_piece)
     shift = max(0, weight.blocksize.bit_length() - rows.WIDE.bit_length())
-    numbers = (shift, weight.rows, groups, batch, a_piece, columns // 2 * TOGETHER)
+    numbers = (shift, weight.rows, groups, batch, a_piece, columns // 2 * TOGETHER, size, 0)
 
     def multiply(source: int, stride: int, out: int, packed: int, inputs: tuple[int, ...]) -> None:
-        x = scratch(size)
-        prepare(batch, source, x, stride, groups)
-        product(pieces, packed, x, out, *inputs, *numbers)
+        ordered = scratch(threads.count() * size)
+        product(pieces, packed, source, stride, ordered, out, *inputs, *numbers)
 
     return multiply
 
 
 @functools.cache
-def _row_kernels(level: Level, dtype: str, nested: bool, blocks: int, tile: int) -> tuple[Kernel, Kernel, bool]:
-    prepare, product = (kernel(name, **variant) for name, variant in row_variants(level, dtype, nested, blocks, tile))
-    return prepare, product, level.kind(dtype) == "dot"
+def _row_kernel(level: Level, dtype: str, nested: bool, blocks: int, tile: int) -> tuple[Kernel, bool]:
+    """The kernel, and whether it takes activations in pairs."""
+    name, variant = row_variant(level, dtype, nested, blocks, tile)
+    return kernel(name, **variant), variant["pairs"]
 
 
-def row_variants(level: Level, dtype: str, nested: bool, blocks: int, tile: int) -> list[Variant]:
-    """The two kernels of :func:`by_rows` for ``tile`` activations of ``dtype``; ``blocks`` share 128 codes."""
-    pairs = level.kind(dtype) == "dot"
-    product = {"nested": nested, "blocks": blocks, "pairs": pairs, "together": TOGETHER, "tile": tile}
-    return [
-        ("prepare_rows", {"dtype": dtype, "pairs": pairs, "tile": tile}),
-        ("product_rows", {"dtype": dtype, **product}),
-    ]
+def row_variant(level: Level, dtype: str, nested: bool, blocks: int, tile: int) -> Variant:
+    """The kernel of :func:`by_rows` for ``tile`` activations of ``dtype``; ``blocks`` share 128 codes."""
+    shape = {"nested": nested, "blocks": blocks, "pairs": level.kind(dtype) == "dot"}
+    return "product_rows", {"dtype": dtype, **shape, "together": TOGETHER, "tile": tile}
 
 
 def by_chunks(batch: int, dtype: torch.dtype, weight: Sizes) -> Product:

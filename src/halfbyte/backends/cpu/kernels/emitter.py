@@ -264,6 +264,10 @@ class Emitter:
         """The word called ``name``; ask before :meth:`pieces`."""
         return self._word(FIRST + self._arguments.index(name))
 
+    def ticket(self, name: str) -> Value:
+        """Number of this thread among those that run the call, from 0; the caller passes 0 as the word ``name``."""
+        return self.fetch_add(Value(self, I64, "%block") + 8 * (FIRST + self._arguments.index(name)), 1)
+
     @contextmanager
     def pieces(self, after: Callable[[], None] = lambda: None) -> Iterator[Value]:
         """Run the body for every piece of work that this thread gets; then what ``after`` writes; then it returns."""

@@ -7,11 +7,13 @@ from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, Level
 from halfbyte.backends.cpu.kernels.ssa import F32, I64, Type, Value, Variable
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
-__all__ = ["ARGUMENTS", "PREPARE_ARGUMENTS", "WIDE", "emit", "emit_prepare"]
+__all__ = ["ARGUMENTS", "WIDE", "emit"]
 
 ARGUMENTS = (
     "packed",
-    "x",
+    "source",
+    "stride",
+    "ordered",
     "out",
     "bias",
     "tables",
@@ -22,27 +24,15 @@ ARGUMENTS = (
     "batch",
     "rows_a_piece",
     "ahead",
+    "ordered_bytes",
+    "thread",
 )
-"""``block_shift``: log2 of groups of 128 per block. ``groups``: of one row. ``ahead``: bytes from what is read to what
-is fetched."""
-
-PREPARE_ARGUMENTS = ("source", "out", "stride", "groups")
+"""``source``, ``stride``: activations, bytes between their rows. ``ordered``: ``ordered_bytes`` of memory a thread.
+``block_shift``: log2 of groups of 128 per block. ``groups``: of one row. ``ahead``: bytes from what is read to what is
+fetched. ``thread``: 0, from which threads are counted."""
 
 WIDE = 2 * CHUNK
 """Codes that are read at once: 64 bytes."""
-
-
-def emit_prepare(e: Emitter, level: Level, *, dtype: str, pairs: bool, tile: int) -> None:
-    """Write the kernel that puts activations into the order of the weights: ``[group][row][128]``, bf16 or fp32."""
-    size = 2 if pairs else 4
-    order = level.wide_order(pairs)
-    source, out, stride, groups = (e.argument(name) for name in PREPARE_ARGUMENTS)
-    with e.pieces() as row, e.loop(0, groups) as group:
-        to = out + (group * tile + row) * (WIDE * size)
-        start = source + row * stride + group * (WIDE * ITEMSIZE[dtype])
-        for place, element in enumerate(order):
-            at = start + element * ITEMSIZE[dtype]
-            e.store(e.load(Type("i16"), at) if pairs else load_float(e, level, at, dtype), to + place * size)
 
 
 def emit(
@@ -67,7 +57,7 @@ class _Product:
     ) -> None:
         self.e, self.level, self.dtype, self.blocks, self.pairs = e, level, dtype, blocks, pairs
         self.together, self.tile = together, tile
-        self.packed, self.x, self.out, self.bias = (e.argument(n) for n in ("packed", "x", "out", "bias"))
+        self.packed, self.out, self.bias = (e.argument(n) for n in ("packed", "out", "bias"))
         self.block_shift, self.rows, self.groups = (e.argument(n) for n in ("block_shift", "rows", "groups"))
         self.batch, self.rows_a_piece, self.ahead = (e.argument(n) for n in ("batch", "rows_a_piece", "ahead"))
         self.scales = Scales(e, nested)
@@ -76,11 +66,24 @@ class _Product:
 
     def emit(self) -> None:
         e = self.e
+        self.x = e.argument("ordered") + e.ticket("thread") * e.argument("ordered_bytes")
+        self.order(e.argument("source"), e.argument("stride"))
         with e.pieces() as piece:
             start = piece * self.rows_a_piece
             stop = self.e.least(start + self.rows_a_piece, self.rows)
             with e.loop(start, stop, self.together) as first:
                 self.some_rows([self.e.least(first + i, stop - 1) for i in range(self.together)])
+
+    def order(self, source: Value, stride: Value) -> None:
+        """Put activations into the order of the weights, ``[group][row][128]`` in bf16 or fp32: each thread its own,
+        which takes less time than a call for all of them."""
+        e, size, itemsize = self.e, 2 if self.pairs else 4, ITEMSIZE[self.dtype]
+        with e.loop(0, self.batch) as row, e.loop(0, self.groups) as group:
+            to, start = self.x + (group * self.tile + row) * (WIDE * size), source + row * stride
+            for place, element in enumerate(self.level.wide_order(self.pairs)):
+                at = start + group * (WIDE * itemsize) + element * itemsize
+                value = e.load(Type("i16"), at) if self.pairs else load_float(e, self.level, at, self.dtype)
+                e.store(value, to + place * size)
 
     def some_rows(self, rows: list[Value]) -> None:
         e = self.e
