@@ -13,7 +13,7 @@ from halfbyte.backends.triton.device import pairs_of
 from halfbyte.backends.triton.kernels.dequantize import _dequantize_4bit_kernel
 from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, dense, on_device, raw_stream
 
-__all__ = ["Nested", "dequantize_4bit", "dequantize_into", "whole_filling"]
+__all__ = ["Nested", "dequantize_4bit", "dequantize_into", "tiling", "whole_filling"]
 
 Nested = tuple[Tensor | None, Tensor | None, Tensor | None]
 """absmax_8bit, absmax_code and absmax_offset of an op: three tensors, or three times None."""
@@ -26,6 +26,16 @@ SPAN = 8 * LANES * TILES
 MOST_LAUNCHERS = 4096
 _launchers: dict[tuple[object, ...], Launcher] = {}
 """By all that a compiled kernel is specialised by: every number, every dtype, which addresses are aligned."""
+
+
+def tiling(slice_cols: int) -> tuple[int, int]:
+    """Lanes and tiles of a program that takes a part of one of many rows: no more than the part fills.
+
+    >>> tiling(512), tiling(3584), tiling(100)
+    ((64, 1), (128, 4), (32, 1))
+    """
+    lanes = min(LANES, max(32, 1 << (-(-slice_cols // 8) - 1).bit_length()))
+    return lanes, min(TILES, 1 << (-(-slice_cols // (8 * lanes)) - 1).bit_length())
 
 
 def dequantize_into(
@@ -50,7 +60,8 @@ def dequantize_into(
         end: Number of codes in all.
     """
     slice_cols = out.numel() // rows
-    row_tiles = -(-slice_cols // SPAN)
+    lanes, tiles = tiling(slice_cols) if rows > 1 else (LANES, TILES)
+    row_tiles = -(-slice_cols // (8 * lanes * tiles))
     absmax_8bit, absmax_code, absmax_offset = nested
     nothing_to_nest = absmax_8bit is None
     tensors = (packed, absmax, absmax_8bit, absmax_code, absmax_offset, levels, out)
@@ -64,8 +75,8 @@ def dequantize_into(
         if launcher is not None and launcher.compiled():
             launcher.direct(grid, raw_stream(index), *addresses, *numbers)
             return
-        constants = (blocksize, LANES, TILES, not nothing_to_nest)
-        launcher = Launcher(_dequantize_4bit_kernel, constants, num_warps=4, enable_fp_fusion=False)
+        constants = (blocksize, lanes, tiles, not nothing_to_nest)
+        launcher = Launcher(_dequantize_4bit_kernel, constants, num_warps=lanes // 32, enable_fp_fusion=False)
         launcher.ordinary(grid, *tensors, *numbers)
     if len(_launchers) >= MOST_LAUNCHERS:
         _launchers.clear()
