@@ -185,6 +185,22 @@ def _optimizer_kernel(
     P and G: dtypes of parameter and gradient. MASKED: addresses may be odd, and the last block short. LOADED: the
     rule's numbers are in ``hyper``, not in the arguments. PTX: for NVIDIA.
     """
+    if LOADED:  # first, so that the wait for them is not on top of those that follow
+        lr = tl.load(hyper)
+        beta1 = tl.load(hyper + 1)
+        rest1 = tl.load(hyper + 2)
+        beta2 = tl.load(hyper + 3)
+        rest2 = tl.load(hyper + 4)
+        beta3 = tl.load(hyper + 5)
+        rest3 = tl.load(hyper + 6)
+        alpha = tl.load(hyper + 7)
+        eps = tl.load(hyper + 8)
+        weight_decay = tl.load(hyper + 9)
+        step = tl.load(hyper + 10)
+        unbias1 = tl.load(hyper + 11)
+        unbias2 = tl.load(hyper + 12)
+        grad_scale = tl.load(hyper + 13)
+        update_scale = tl.load(hyper + 14)
     program = tl.program_id(0).to(tl.int64)
     words = table + tl.load(owners + program) * COLUMNS
     row = (program - tl.load(words + 9)) * ROWS + tl.arange(0, ROWS)
@@ -221,22 +237,6 @@ def _optimizer_kernel(
         if STATES > 2:
             m2 = _read(s2 + place, inside, MASKED)
 
-    if LOADED:
-        lr = tl.load(hyper)
-        beta1 = tl.load(hyper + 1)
-        rest1 = tl.load(hyper + 2)
-        beta2 = tl.load(hyper + 3)
-        rest2 = tl.load(hyper + 4)
-        beta3 = tl.load(hyper + 5)
-        rest3 = tl.load(hyper + 6)
-        alpha = tl.load(hyper + 7)
-        eps = tl.load(hyper + 8)
-        weight_decay = tl.load(hyper + 9)
-        step = tl.load(hyper + 10)
-        unbias1 = tl.load(hyper + 11)
-        unbias2 = tl.load(hyper + 12)
-        grad_scale = tl.load(hyper + 13)
-        update_scale = tl.load(hyper + 14)
     active = g != 0.0
     g = g * grad_scale
     if COUPLED:
