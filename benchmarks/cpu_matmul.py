@@ -25,7 +25,7 @@ from torch.nn.functional import linear
 import common
 import cpu_turns
 
-SHAPES = "4096x4096,11008x4096,576x1536"
+SHAPES = "576x1536,4096x4096,11008x4096"
 BATCHES = "1,2,4,8,16,32,128,512"
 BLOCKSIZE = 64
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
