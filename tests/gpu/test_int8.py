@@ -73,6 +73,17 @@ def test_codes_and_sums_are_the_references(columns: int, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threshold", [0.0, THRESHOLD])
+def test_a_row_without_outliers_has_the_same_bits_in_every_batch(threshold: float, dtype: torch.dtype) -> None:
+    x = activations(600, 512, dtype, outliers=False).cuda()
+    CB, SCB = (tensor.cuda() for tensor in int8_weight(260, 512))
+    bias = torch.linspace(-1, 1, 260).cuda()
+    whole = ops.int8_linear(x, CB, SCB, threshold, bias)
+    for batch in (1, 3, 16, 17, 64, 100, 300):
+        assert torch.equal(ops.int8_linear(x[:batch], CB, SCB, threshold, bias), whole[:batch])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_outliers_meet_the_unquantized_weight_where_it_is_given(dtype: torch.dtype) -> None:
     A, CB, SCB = on_gpu(5, 200, 40, dtype)
     W = (CB * SCB[:, None] / 100).to(dtype)

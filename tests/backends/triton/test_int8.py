@@ -65,8 +65,8 @@ def product(target: str, tile: Tile, dtype: str = "bf16", full: bool = False, ga
         "GROUP": tile.group, "CAPACITY": 64 if gathered else 0, "WORDS": 128, "RAW": False, "SPLIT": True,
         "FULL": full, "BIAS": True,
     }  # fmt: skip
-    options: dict[str, Any] = {"warps": tile.warps, "num_stages": tile.stages, "aligned": ALIGNED}
-    return build(_int8_product_kernel, types, constants | {"EVEN": True}, target=target, **options)
+    options: dict[str, Any] = {"warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+    return build(_int8_product_kernel, types, constants | {"EVEN": True}, target=target, aligned=ALIGNED, **options)
 
 
 def row(target: str, tile: Tile, k: int, dtype: str = "bf16") -> Built:

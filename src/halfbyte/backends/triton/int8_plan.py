@@ -147,7 +147,8 @@ class Plan:
         head = (int8.STEP, tile.m, tile.n, tile.k, OUTLIERS, tile.group)
         at_once = whole if gathered else min(WORDS_AT_ONCE, whole)
         tail = (CAPACITY if gathered else 0, at_once, False, split, full, bias)
-        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        # No fusion: a row's result has the same bits in every plan.
+        options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
         self._product = Step(_int8_product_kernel, tiles, numbers, (*head, k % tile.k == 0, *tail), **options)
 
     def run(
@@ -290,4 +291,5 @@ def product(
         *(k % tile.k == 0, 0, 1, raw, False, False, bias is not None),
         num_warps=tile.warps,
         num_stages=tile.stages,
+        enable_fp_fusion=False,
     )
