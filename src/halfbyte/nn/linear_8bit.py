@@ -127,7 +127,7 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``x @ weight.T + bias`` in x's dtype."""
         self.state.is_training = self.training
-        if self._repeated is not None and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self._repeated is not None:
             repeated = self._repeated.product(self, x)
             if repeated is not None:
                 return repeated
@@ -145,7 +145,9 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
 
     def _traced_state(self, weight: Tensor) -> MatmulLtState:
         """torch.export puts plain codes in the weight's place while it traces: the scales are those of the weight."""
-        own = None if self._own is None or isinstance(weight, Int8Params) else self._own.weight()
+        if isinstance(weight, Int8Params):
+            return self.state
+        own = None if self._own is None else self._own.weight()
         if own is None or weight.dtype != torch.int8 or weight.shape != own.shape:
             return self.state
         state = MatmulLtState(CB=weight, SCB=own.SCB)
