@@ -75,6 +75,25 @@ def test_repeated_products_in_training_give_the_dispatched_gradients(
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rows", [100, 256, 2000])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_products_of_usual_sizes_are_repeated_to_the_bit(rows: int, nested: bool) -> None:
+    layer = layer_of(nested=nested, n=4096, k=4096)
+    upstream = torch.randn(1, rows, 4096, device="cuda", dtype=torch.bfloat16)
+    inputs = [torch.randn_like(upstream).requires_grad_() for _ in range(3)]
+    for x in inputs:
+        with Listener():
+            product = layer(x)
+            expected = [product, *torch.autograd.grad(product, (x, layer.bias), upstream)]
+        for _ in range(3):
+            product = layer(x)
+            found = [product, *torch.autograd.grad(product, (x, layer.bias), upstream)]
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert layer._repeated is not None
+    assert layer._repeated.product(layer, inputs[0]) is not None
+    assert layer._repeated.gradient(upstream, layer.weight) is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_rows_are_repeated_directly_forward_and_backward(dtype: torch.dtype) -> None:
     layer = layer_of(dtype, n=264)  # no multiple of 64: no product of the decoding kernel, forward or backward

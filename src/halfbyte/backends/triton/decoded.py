@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from halfbyte.backends.triton.dequantize import Nested
 from halfbyte.backends.triton.kernels.gemm_portable import _sum_partial_kernel
-from halfbyte.backends.triton.launch import Launcher, raw_stream
+from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, allocation, on_its_device, raw_stream
 from halfbyte.backends.triton.tuning import STEP, Tile
 from halfbyte.formats.codebook import codebook
 
@@ -59,7 +60,8 @@ class DecodedPlan:
     """
 
     __slots__ = (
-        "_block", "_descriptor", "_grid", "_launcher", "_layout", "_numbers", "_sum", "_words", "m", "split", "width",
+        "_block", "_descriptor", "_grid", "_launcher", "_layout", "_numbers", "_sum", "_words", "m", "split", "terms",
+        "width",
     )  # fmt: skip
 
     def __init__(
@@ -79,8 +81,8 @@ class DecodedPlan:
         if found is None:
             raise RuntimeError(f"Triton {triton.__version__} has no Gluon that halfbyte knows")
         kernel, self._descriptor, self._layout, lines_64, lines_128 = found
-        terms, self.width = (n, k) if across else (k, n)
-        steps, group = -(-terms // STEP), tile.unroll
+        self.terms, self.width = (n, k) if across else (k, n)
+        steps, group = -(-self.terms // STEP), tile.unroll
         per_slice = -(-steps // (tile.split * group))
         self.m, self.split = m, -(-steps // (per_slice * group))
         levels = tuple(float(level) for level in codebook(quant_type).table)
@@ -131,6 +133,55 @@ class DecodedPlan:
             self._launcher.ordinary(self._grid, words, rows, absmax, *nested, bias, partial, *self._numbers)
         if self._sum is not None:
             sum_partial(self._sum, partial, bias, out, index)
+
+    def repeated(
+        self, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, shape: tuple[int, ...], index: int
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """``run`` with these tensors as they lie, for other contiguous activations; None where nothing ran yet."""
+        launch, summed = self._launcher.bound(self._grid, index, (), self._numbers), None
+        if self._sum is not None:
+            numel = self.m * self.width
+            summed = self._sum.bound((-(-numel // 1024), 1, 1), index, (), (numel, self.width))
+        if launch is None or (summed is None and self._sum is not None):
+            return None
+        added = None if bias is None else bias.data_ptr()
+        scales = [None if tensor is None else tensor.data_ptr() for tensor in (absmax, *nested)]
+        empty, partial = allocation(shape), allocation((self.split, self.m, self.width), torch.float32)
+        words = self._descriptor(packed.view(-1).view(torch.int32), *self._words)
+        words.base = _Place(packed.data_ptr())  # the weight itself is not to be kept alive
+        kind, sizes = self._descriptor, [self.m, self.terms]
+        settings: dict[str, Any] | None = None
+
+        def call(x: Tensor) -> Tensor | None:
+            nonlocal settings
+            address = x.data_ptr()
+            if address % ALIGNMENT:
+                return None
+            if settings is None:  # the checks of shapes, once: they take longer than all else here
+                checked = kind(x.view(sizes), sizes, [sizes[1], 1], self._block, self._layout)
+                settings = {**vars(checked), "base": None}
+            rows = kind.__new__(kind)
+            vars(rows).update(settings, base=_Place(address))
+            out = empty(x)
+            parts = out if summed is None else partial(x)
+            launch(words, rows, *scales, added, parts.data_ptr())
+            if summed is not None:
+                summed(parts.data_ptr(), added, out.data_ptr())
+            return out
+
+        return on_its_device(call, index)
+
+
+class _Place:
+    """What a descriptor that was checked needs of its tensor."""
+
+    __slots__ = ("_address",)
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
 
 
 def sum_partial(launcher: Launcher, partial: Tensor, bias: Tensor | None, out: Tensor, index: int) -> None:

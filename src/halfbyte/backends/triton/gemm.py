@@ -104,7 +104,7 @@ def _prepare(
         return None
     key = _key(A, B, rows, n, k, k, blocksize, quant_type, absmax_8bit is not None, bias is not None)
     plan = _plans.get(key, _UNPLANNED)
-    if isinstance(plan, FusedPlan) and k % 8 == 0:
+    if isinstance(plan, (FusedPlan, DecodedPlan)) and k % 8 == 0:
         return plan.repeated(B, absmax, nested, bias, (*A.shape[:-1], n), A.device.index)
     if plan is None and rows > PORTABLE_UP_TO and k % 8 == 0:
         return slices.repeated(B, absmax, nested, blocksize, quant_type, (n, k), A.dtype, bias, across=False)
@@ -240,8 +240,11 @@ def _prepare_dgrad(
         return None
     nested = (absmax_8bit, absmax_code, absmax_offset)
     key = (grad.numel() // n, n, k, blocksize, quant_type, grad.dtype, grad.device.index, absmax_8bit is None)
-    if _backward_plans.get(key, _UNPLANNED) is not None or not _in_place(B, absmax, nested):
+    plan = _backward_plans.get(key, _UNPLANNED)
+    if plan is _UNPLANNED or not _in_place(B, absmax, nested):
         return None
+    if plan is not None:
+        return plan.repeated(B, absmax, nested, None, (*grad.shape[:-1], k), grad.device.index)
     return slices.repeated(B, absmax, nested, blocksize, quant_type, (n, k), grad.dtype, across=True)
 
 

@@ -232,7 +232,7 @@ class Launcher:
         grid: tuple[int, int, int],
         index: int,
         before: tuple[Tensor | None, ...] = (),
-        numbers: tuple[int, ...] = (),
+        numbers: tuple[float, ...] = (),
     ) -> Callable[..., None] | None:
         """A function of the addresses that change from call to call; None before :meth:`ordinary` ran.
 
