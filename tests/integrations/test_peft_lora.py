@@ -59,7 +59,7 @@ def close(found: list[Tensor], expected: list[Tensor], within: float = 1e-6) -> 
     """Every tensor's distance, relative to the expected one's length, is small."""
     for own, right in zip(found, expected, strict=True):
         assert own.shape == right.shape
-        assert (own - right).norm() <= within * right.norm()
+        assert (own - right).float().norm() <= within * right.float().norm()
 
 
 @pytest.fixture
@@ -113,16 +113,32 @@ def test_dropout_is_off_in_evaluation(steps: list[torch.Size]) -> None:
     assert steps == [X.shape]
 
 
-def test_under_autocast_an_fp32_adapter_computes_in_bf16_as_in_peft(steps: list[torch.Size]) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_under_autocast_an_fp32_adapter_computes_in_bf16_as_in_peft(
+    steps: list[torch.Size], dtype: torch.dtype
+) -> None:
     layer = lora(torch.bfloat16)
     for name in ("lora_A", "lora_B"):
         layer._modules[name].float()
-    x = X.to(torch.bfloat16)
+    x = X.to(dtype)
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = (results(call, layer, x) for call in (type(layer).forward, ordinary))
     assert steps == [X.shape]
     assert [each.dtype for each in found] == [each.dtype for each in expected]
-    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05 * float(expected[2].abs().max()))
+    close(found, expected, 0.01)
+
+
+def test_under_autocast_fp32_activations_are_no_further_from_fp32_than_in_peft(steps: list[torch.Size]) -> None:
+    layer, exact = lora(torch.bfloat16, lora_dropout=0.3), lora(lora_dropout=0.3)
+    for name in ("lora_A", "lora_B"):
+        layer._modules[name].float()
+        exact._modules[name]["default"].weight.data = layer._modules[name]["default"].weight.data
+    expected = results(ordinary, exact, X)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (results(call, layer, X) for call in (type(layer).forward, ordinary))
+    assert steps == [X.shape]
+    for own, other, right in zip(ours, theirs, expected, strict=True):
+        assert (own.float() - right).norm() <= 1.05 * (other.float() - right).norm()
 
 
 def test_checkpointing_changes_nothing(steps: list[torch.Size]) -> None:

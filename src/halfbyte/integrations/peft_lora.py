@@ -80,14 +80,14 @@ def _is_plain(module: Any, kind: type[torch.nn.Module]) -> bool:
 
 
 def _fits(x: Tensor, base: Any, down: Any, up: Any) -> bool:
-    """Whether peft would compute in x's dtype from first to last, on parameters that are whole."""
+    """Whether peft would compute both products in the layer's compute dtype, on parameters that are whole."""
     parameter = torch.nn.Parameter
     if type(down) is not parameter or type(up) is not parameter or down.dtype is not up.dtype or x.dim() < 2:
         return False
-    if base.quant_state is None or base.compute_dtype_for(x) is not x.dtype:
+    if base.quant_state is None:
         return False
     fix_4bit_weight_quant_state_from_module(base)  # as the layer itself does, after sharding wrappers
-    kind = x.device.type
+    kind, dtype = x.device.type, base.compute_dtype_for(x)
     if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind) is x.dtype
-    return down.dtype is x.dtype
+        return torch.get_autocast_dtype(kind) is dtype and x.dtype in (dtype, torch.float32)
+    return down.dtype is x.dtype is dtype
