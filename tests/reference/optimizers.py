@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from tests.reference import textbook
-
 __all__ = ["OPTIMIZERS", "Settings", "Textbook", "excess"]
 
 Array = npt.NDArray[np.float64]
@@ -142,24 +140,6 @@ class Textbook:
         function, _ = OPTIMIZERS[self.name]
         self.p, self.states = function(self.p, g * self.settings.grad_scale, self.states, self.settings, self.steps)
 
-    def quantize(self, blocksize: int) -> None:
-        """Replace the states by their nearest 8-bit values."""
-        self.states = tuple(
-            _nearest(state, blocksize, textbook.dynamic(signed))
-            for state, signed in zip(self.states, OPTIMIZERS[self.name][1], strict=True)
-        )
-
-
-def _nearest(state: Array, blocksize: int, levels: Array) -> Array:
-    found = textbook.nearest(state, blocksize, levels)
-    codes = _zero_for_zero(found.distance, state, levels).argmin(axis=1)
-    return textbook.decode(codes, found.absmax, blocksize, levels)
-
-
-def _zero_for_zero(distance: Array, state: Array, levels: Array) -> Array:
-    """``distance`` (values, levels) where levels begin at zero: that level is out of reach for all but zero."""
-    return np.where((levels == 0) & (levels[0] == 0) & (state > 0)[:, None], np.inf, distance)
-
 
 def excess(codes: npt.NDArray[np.int64], state: Array, scale: Array, levels: Array) -> Array:
     """How much farther from each exact state its code is than the nearest one, as a share of the block's scale.
@@ -168,5 +148,7 @@ def excess(codes: npt.NDArray[np.int64], state: Array, scale: Array, levels: Arr
     code is infinitely far.
     """
     scaled = np.where(scale > 0, state / np.where(scale > 0, scale, 1), 0)
-    distance = _zero_for_zero(np.abs(scaled[:, None] - levels[None, :]), scaled, levels)
+    distance = np.abs(scaled[:, None] - levels[None, :])
+    if levels[0] == 0:
+        distance[scaled > 0, 0] = np.inf
     return distance[np.arange(len(state)), codes] - distance.min(axis=1)

@@ -11,8 +11,8 @@ __all__ = ["adam"]
 def adam(g: Value, m: Value, v: Value, h: Value) -> Value:
     """Mean of gradients over the root of the mean of their squares, both freed of their bias towards zero.
 
-    Where the squares are zero there was no gradient and there is no update: in 8 bits a small ``v`` becomes zero before
-    its ``m`` does, and ``m / eps`` would throw the parameter away.
+    Where the squares are zero there was no gradient and there is no update: bitsandbytes' 8-bit states may hold a zero
+    ``v`` beside an ``m`` that is not, and ``m / eps`` would throw the parameter away.
     """
     m = h.beta1 * m + h.rest1 * g
     v = h.beta2 * v + h.rest2 * (g * g)
