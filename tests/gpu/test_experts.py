@@ -106,6 +106,29 @@ def test_low_rank_factors_beside_experts_are_right_with_their_gradients() -> Non
         assert ((fast - exact).norm() / exact.norm()).item() < 2e-2
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_tiles_with_few_rows_may_be_computed_as_half_ones(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte.backends.triton import grouped
+    from halfbyte.backends.triton.grouped_tiles import GroupedTile
+
+    if grouped.fused_kernel() is None:
+        pytest.skip("this Triton has no Gluon that halfbyte knows")
+    tile = GroupedTile(32, 64, 2, 2, 4, 1, halves=True)
+    monkeypatch.setattr(grouped, "tile_for", lambda *_: tile)
+    monkeypatch.setattr(grouped, "_plans", {})
+    count, n, k = 6, 200, 512
+    packed, scales = case(count, n, k, nested=nested)
+    # Experts with no row, half a tile, one row more, a whole tile, more than one; and rows of no expert.
+    experts = torch.repeat_interleave(torch.arange(1, 7), torch.tensor([16, 17, 32, 33, 49, 20]))
+    experts = experts[torch.randperm(experts.numel())].cuda().view(-1, 1)
+    x = torch.randn(experts.numel(), k, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(count, n, device="cuda", dtype=torch.bfloat16)
+    order, ends = ops.group_rows(experts, count)
+    arguments = (x, packed, [count, n, k], order, ends, scales[0], 64, "nf4", False, bias, *scales[1:])
+    assert close(ops.gemm_4bit_grouped(*arguments), reference.gemm_4bit_grouped(*arguments))
+    assert grouped._plans
+
+
 def test_a_graph_follows_another_routing() -> None:
     count, n, k = 8, 128, 256
     packed, scales = case(count, n, k)

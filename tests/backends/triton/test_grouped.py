@@ -27,7 +27,7 @@ TYPES = {
     **dict.fromkeys(("S", "E", "repeat", "N", "row_words", "row_blocks", "x_stride", "groups", "per_slice"), "i32"),
 }
 SMALL = {"EP": 256, "BN": 16, "BM": 8, "J": 2, "U": 4, "CHAIN": 1, "BLOCK_GROUPS": 1, "KW": 4, "NW": 1, "EVEN": True}
-SMALL |= {"NESTED": False, "BIAS": False, "AHEAD": 1}
+SMALL |= {"NESTED": False, "BIAS": False, "AHEAD": 1, "HALVES": False}
 ALIGNED = ("N", "row_words", "row_blocks", "x_stride", "groups", "per_slice")
 
 
@@ -53,6 +53,7 @@ def test_the_interpreted_kernel_agrees_with_the_reference(case: str, verdicts: d
         {"NESTED": True, "BIAS": True},
         {"EVEN": False, "AHEAD": 0, "BM": 32, "U": 2},
         {"BN": 64, "NW": 4, "KW": 2, "CHAIN": 2, "BLOCK_GROUPS": 2},
+        {"BN": 64, "NW": 4, "KW": 2, "BM": 32, "U": 2, "HALVES": True},
     ],
     ids=str,
 )

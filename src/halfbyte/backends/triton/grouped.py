@@ -107,7 +107,7 @@ class GroupedPlan:
         self._grid = (tile_bound(rows, count, tile.batch), -(-n // tile.rows), 1)
         constants = (
             _padded(count), tile.rows, tile.batch, 2, unroll, min(per_block, unroll), per_block, tile.k_warps,
-            tile.n_warps, groups == per_slice * tile.k_warps, nested, bias, tile.ahead,
+            tile.n_warps, groups == per_slice * tile.k_warps, nested, bias, tile.ahead, tile.halves,
         )  # fmt: skip
         self._launcher = Launcher(fused_kernel(), constants, num_warps=tile.k_warps * tile.n_warps)
 

@@ -29,6 +29,7 @@ class GroupedTile:
         k_warps: Warps that share the K axis (KW).
         n_warps: Warps that share the rows (NW).
         ahead: Whether the weight is loaded one iteration ahead.
+        halves: Whether a tile of at most half its rows is computed as one of half the size (16 rows or more).
     """
 
     batch: int
@@ -37,6 +38,7 @@ class GroupedTile:
     k_warps: int
     n_warps: int
     ahead: int
+    halves: bool = False
 
 
 @dataclass(frozen=True)

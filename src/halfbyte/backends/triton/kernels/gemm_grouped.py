@@ -10,6 +10,7 @@ from halfbyte.backends.triton.kernels.gemm_small_batch import (
     _sums_layout,
     _word_layout,
 )
+from halfbyte.backends.triton.kernels.pair_table import _fill_pair_table
 
 __all__ = ["_gemm_4bit_grouped_kernel"]
 
@@ -37,24 +38,16 @@ def _tile_of(ends, tile, S, E, BM: gl.constexpr, EP: gl.constexpr, WARPS: gl.con
     return expert, first, last
 
 
-@gluon.jit(do_not_specialize=["S", "E", "repeat"])
-def _gemm_4bit_grouped_kernel(
-    w_ptr, x_ptr, order, ends, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, pairs,
-    S, E, repeat, N, row_words, row_blocks, x_stride, groups, per_slice,
-    EP: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, J: gl.constexpr, U: gl.constexpr, CHAIN: gl.constexpr,
+@gluon.jit
+def _rows_of_expert(
+    w_ptr, x_ptr, order, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, pairs,
+    expert, here, place, last, repeat, N, row_words, row_blocks, x_stride, groups, per_slice,
+    BN: gl.constexpr, BM: gl.constexpr, J: gl.constexpr, U: gl.constexpr, CHAIN: gl.constexpr,
     BLOCK_GROUPS: gl.constexpr, KW: gl.constexpr, NW: gl.constexpr, EVEN: gl.constexpr, NESTED: gl.constexpr,
-    BIAS: gl.constexpr, AHEAD: gl.constexpr,
+    BIAS: gl.constexpr, AHEAD: gl.constexpr, FILLED: gl.constexpr,
 ):  # fmt: skip
-    """``out[s] = x[s // repeat] @ weight[expert of s].T + bias[expert of s]`` for up to BM rows of one expert.
-
-    Grid: (tiles of BM rows, tiles of BN columns). Numbers and constants are those of the small-batch kernel, for one
-    expert; blocks never straddle rows. The weight and its scales are loaded one iteration ahead where AHEAD.
-    """
+    """Places ``place`` to ``last``, at most BM, of expert ``here``; zeros where ``expert`` is another, hence none."""
     NS: gl.constexpr = U // CHAIN
-    expert, place, last = _tile_of(ends, gl.program_id(0), S, E, BM, EP, KW * NW)
-    if expert > E:
-        return
-    here = gl.minimum(expert, E - 1)
     acc_l: gl.constexpr = _sums_layout(KW, NW)
     w_l: gl.constexpr = _word_layout(KW, NW, BN, J)
     x_l: gl.constexpr = _activation_layout(KW, NW, BM, J)
@@ -88,7 +81,7 @@ def _gemm_4bit_grouped_kernel(
     acc = _multiply(
         (w_ptrs, w_start, lane), (x_ptrs, x_mask, x_start), (scales, s_row, s_start, si),
         (absmax, absmax_code, absmax_offset), pairs, groups, per_slice, acc_l,
-        BN, BM, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, True, NESTED, AHEAD,
+        BN, BM, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, True, NESTED, AHEAD, FILLED,
     )  # fmt: skip
 
     total = gl.sum(acc, axis=0)
@@ -98,6 +91,46 @@ def _gemm_4bit_grouped_kernel(
     keep = (n < N)[:, None] & (m < last)[None, :]
     if BIAS:
         total += gl.load(bias_ptr + (here.to(gl.int64) * N + n), mask=n < N, other=0.0).to(gl.float32)[:, None]
-    total = gl.where(expert < E, total, 0.0)
+    total = gl.where(expert == here, total, 0.0)
     row = gl.load(order + m, mask=m < last, other=0).to(gl.int64)
     gl.store(out_ptr + (row[None, :] * N + n[:, None]), total.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@gluon.jit(do_not_specialize=["S", "E", "repeat"])
+def _gemm_4bit_grouped_kernel(
+    w_ptr, x_ptr, order, ends, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, pairs,
+    S, E, repeat, N, row_words, row_blocks, x_stride, groups, per_slice,
+    EP: gl.constexpr, BN: gl.constexpr, BM: gl.constexpr, J: gl.constexpr, U: gl.constexpr, CHAIN: gl.constexpr,
+    BLOCK_GROUPS: gl.constexpr, KW: gl.constexpr, NW: gl.constexpr, EVEN: gl.constexpr, NESTED: gl.constexpr,
+    BIAS: gl.constexpr, AHEAD: gl.constexpr, HALVES: gl.constexpr,
+):  # fmt: skip
+    """``out[s] = x[s // repeat] @ weight[expert of s].T + bias[expert of s]`` for up to BM rows of one expert.
+
+    Grid: (tiles of BM rows, tiles of BN columns). Numbers and constants are those of the small-batch kernel, for one
+    expert; blocks never straddle rows. The weight and its scales are loaded one iteration ahead where AHEAD. With
+    HALVES a tile of at most BM/2 rows is computed as such.
+    """
+    expert, place, last = _tile_of(ends, gl.program_id(0), S, E, BM, EP, KW * NW)
+    if expert > E:
+        return
+    here = gl.minimum(expert, E - 1)
+    if HALVES:
+        table = _fill_pair_table(pairs, KW * NW)
+        if last - place <= BM // 2:
+            _rows_of_expert(
+                w_ptr, x_ptr, order, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, table,
+                expert, here, place, last, repeat, N, row_words, row_blocks, x_stride, groups, per_slice,
+                BN, BM // 2, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, NESTED, BIAS, AHEAD, True,
+            )  # fmt: skip
+        else:
+            _rows_of_expert(
+                w_ptr, x_ptr, order, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, table,
+                expert, here, place, last, repeat, N, row_words, row_blocks, x_stride, groups, per_slice,
+                BN, BM, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, NESTED, BIAS, AHEAD, True,
+            )  # fmt: skip
+    else:
+        _rows_of_expert(
+            w_ptr, x_ptr, order, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, pairs,
+            expert, here, place, last, repeat, N, row_words, row_blocks, x_stride, groups, per_slice,
+            BN, BM, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, NESTED, BIAS, AHEAD, False,
+        )  # fmt: skip

@@ -192,13 +192,14 @@ def _multiply(
     weight, activation, blocks, nested, pairs, groups, per_slice, acc_l: gl.constexpr,
     BN: gl.constexpr, BM: gl.constexpr, J: gl.constexpr, U: gl.constexpr, CHAIN: gl.constexpr,
     BLOCK_GROUPS: gl.constexpr, KW: gl.constexpr, NW: gl.constexpr, EVEN: gl.constexpr, ALIGNED: gl.constexpr,
-    NESTED: gl.constexpr, AHEAD: gl.constexpr,
+    NESTED: gl.constexpr, AHEAD: gl.constexpr, FILLED: gl.constexpr = False,
 ):  # fmt: skip
     """Sums [KW, BN, BM] of all groups of every slice of K.
 
     ``weight``: addresses of the words of the slice's first group, its number, and the lane's place in the decode table;
     ``activation``: addresses, mask, number; ``blocks``: absmax or its codes, and of what :func:`_block_index` is made;
-    ``nested``: absmax of the codes, their map and the offset's address. Constants are the kernel's.
+    ``nested``: absmax of the codes, their map and the offset's address; ``pairs``: the pairs' address or, where FILLED,
+    what :func:`_fill_pair_table` returned. Other constants are the kernel's.
     """
     NS: gl.constexpr = U // CHAIN
     w_ptrs, w_start, lane = weight
@@ -214,7 +215,10 @@ def _multiply(
         q = _load_scales(scales, index, s_start, 0, si, groups, CHAIN, EVEN)
         if AHEAD > 1:
             xs = _load_activations(x_ptrs, x_mask, x_start, 0, groups, J, U, EVEN)
-        lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
+        if FILLED:
+            lanes = (lane * 4 + pairs,)
+        else:
+            lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
         for g in range(U, per_slice, U):
             ws_next = _load_words(w_ptrs, w_start, g, groups, J, U, EVEN)
             index_next = _block_index(s_row, s_start, g, si, CHAIN, BLOCK_GROUPS, ALIGNED)
@@ -235,7 +239,10 @@ def _multiply(
         ss = _scales_of(q, index, second, NESTED)
         acc = _accumulate(acc, ws, xs, ss, lanes, BN, BM, J, NS, CHAIN, KW)
     else:
-        lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
+        if FILLED:
+            lanes = (lane * 4 + pairs,)
+        else:
+            lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
         for g in range(0, per_slice, U):
             ws = _load_words(w_ptrs, w_start, g, groups, J, U, EVEN)
             index = _block_index(s_row, s_start, g, si, CHAIN, BLOCK_GROUPS, ALIGNED)
