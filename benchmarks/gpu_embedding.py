@@ -26,7 +26,7 @@ from benchmarks.common import copies_for, write_csv
 from benchmarks.gpu_4bit import Exact, graph_time
 from halfbyte.backends import registry  # noqa: F401 - binds the ops
 
-TABLES = {"Llama-3 8B": (128256, 4096), "SmolLM2": (49152, 576), "Qwen2.5 7B": (152064, 3584)}
+TABLES = {"SmolLM2": (49152, 576), "Llama-3 8B": (128256, 4096), "Qwen2.5 7B": (152064, 3584)}
 """Rows and columns of embedding tables and heads."""
 
 BATCHES = (1, 64, 8, 512)
