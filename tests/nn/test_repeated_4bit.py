@@ -223,10 +223,21 @@ def test_strided_activations_take_the_ordinary_way(repeats: list[torch.Size]) ->
 
 
 @pytest.mark.usefixtures("no_grad")
+def test_activations_that_are_cast_first_are_repeated(repeats: list[torch.Size]) -> None:
+    layer = layer_of(bias=False)
+    layer.compute_dtype = torch.bfloat16
+    first = layer(X)
+    assert first.dtype == torch.float32
+    torch.testing.assert_close(layer(X), first, rtol=0, atol=0)
+    assert repeats == [X.shape]
+
+
+@pytest.mark.usefixtures("no_grad")
 def test_another_dtype_of_activations_takes_the_ordinary_way(repeats: list[torch.Size]) -> None:
-    layer = layer_of()
-    layer(X)
-    assert layer(X.to(torch.bfloat16)).dtype == torch.bfloat16
+    layer = layer_of(bias=False)
+    layer.compute_dtype = None  # the activations' own
+    layer(X.to(torch.bfloat16))
+    assert layer(X.to(torch.float16)).dtype == torch.float16
     assert repeats == []
 
 

@@ -78,15 +78,15 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
                 fix_4bit_weight_quant_state_from_module(self)
             state = self.quant_state
         dtype = self.compute_dtype_for(x)
+        if x.dtype != dtype:
+            return Linear4bit.forward(self, x.to(dtype)).to(x.dtype)
         bias = self.bias
         if bias is not None and bias.dtype != dtype:
             bias = bias.to(dtype)
-        if x.dtype == dtype:
-            result = matmul_4bit(x, self.weight, state, bias=bias)
-            if not torch.compiler.is_compiling() and state is not None:
-                self.__dict__["_repeated"] = Repeated.after(self, x, self.weight, state, bias)
-            return result
-        return matmul_4bit(x.to(dtype), self.weight, state, bias=bias).to(x.dtype)
+        result = matmul_4bit(x, self.weight, state, bias=bias)
+        if not torch.compiler.is_compiling() and state is not None:
+            self.__dict__["_repeated"] = Repeated.after(self, x, self.weight, state, bias)
+        return result
 
     def input_gradient(self, grad: Tensor, weight: Tensor, state: QuantState) -> Tensor:
         """``grad @ weight``: the gradient to the input of a product of this layer, ``(..., K)`` from ``(..., N)``.
