@@ -12,6 +12,8 @@ from torch import Tensor
 from halfbyte.backends import registry
 from halfbyte.backends.reference import blockwise as reference_8bit
 from halfbyte.backends.reference import four_bit as reference
+from halfbyte.backends.triton import tuning
+from halfbyte.backends.triton.device import rounded_pairs_of, words_of
 from halfbyte.errors import ArgumentError
 from halfbyte.formats.codebook import codebook
 from halfbyte.formats.dynamic import dynamic_map
@@ -156,6 +158,39 @@ def test_rows_may_be_one_row_repeated_or_far_apart(m: int) -> None:
         torch.testing.assert_close(got, F.linear(x, weight), rtol=2e-2, atol=2e-2)
         grad = ops.gemm_4bit_dgrad(x, packed, [4096, 4096], absmax, 64, "nf4")
         torch.testing.assert_close(grad, x @ weight, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("m", "shape", "blocksize", "tile"),
+    [
+        (1, (4096, 4096), 64, tuning.Tile("persistent", 8, 16, 4, 16, 1, 1, 1)),  # an iteration a tile
+        (5, (14336, 4096), 128, tuning.Tile("persistent", 8, 16, 2, 8, 1, 1, 2)),  # seven tiles a place
+        (16, (1000, 3072), 64, tuning.Tile("persistent", 16, 16, 2, 8, 1, 1, 2)),  # a rest of rows, three iterations
+        (8, (3000, 2048), 256, tuning.Tile("persistent", 8, 32, 4, 8, 2, 1, 1)),
+    ],
+    ids=str,
+)
+def test_programs_that_take_tile_after_tile_multiply_as_the_others(
+    m: int, shape: tuple[int, int], blocksize: int, tile: tuning.Tile, nested: bool, bias: bool
+) -> None:
+    from halfbyte.backends.triton.fused import FusedPlan
+
+    n, k = shape
+    assert tile.fits(k, blocksize)
+    packed, absmax = ops.quantize_4bit(torch.randn(n, k, device="cuda") * 0.02, blocksize, "nf4", torch.uint8)
+    first, *rest = scales_of(absmax, nested)
+    weight = ops.dequantize_4bit(packed, first, blocksize, "nf4", [n, k], torch.float32, *rest)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    added = torch.randn(n, device="cuda", dtype=torch.bfloat16) if bias else None
+    pairs, words = rounded_pairs_of("nf4", torch.bfloat16, 0), words_of("nf4", torch.bfloat16)
+    plan = FusedPlan(m, n, k, blocksize, pairs, words, tile, k, nested=nested, bias=bias)
+    exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
+    for _ in range(3):
+        out = torch.full((m, n), math.nan, device="cuda", dtype=torch.bfloat16)
+        plan.run(x, packed, first, (rest[0], rest[1], rest[2]), added, out, 0)
+        assert error(out, exact) <= 1.1 * error(F.linear(x, weight.bfloat16(), added), exact)
 
 
 def test_levels_may_come_as_a_tensor() -> None:

@@ -29,7 +29,7 @@ __all__ = [
 FUSED_BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Batch buckets: rows of activations that tiles of the fused kernels are measured for."""
 
-KINDS = ("register", "staged", "warpgroup", "decoded")
+KINDS = ("register", "persistent", "staged", "warpgroup", "decoded")
 
 STEP = 64
 """Terms of the sum that a "decoded" tile takes at a time."""
@@ -40,7 +40,8 @@ class Tile:
     """One configuration of the fused kernels.
 
     Attributes:
-        kind: ``"register"``: the weight goes straight to registers, for batches of up to 16; ``"staged"``: weight and
+        kind: ``"register"``: the weight goes straight to registers, for batches of up to 16; ``"persistent"``: so, too,
+            by programs that take one tile of its rows after the other; ``"staged"``: weight and
             activation through shared memory; ``"warpgroup"``: the same with wgmma (Hopper); ``"decoded"``: weight
             decoded into shared memory by warps of their own (Hopper).
         batch: Rows of activations of a program (BM).
@@ -49,7 +50,8 @@ class Tile:
         k_warps: Warps that share the K axis (KW).
         n_warps: Warps that share the rows (NW).
         split: Programs that share the K axis.
-        stages: Iterations in shared memory or on their way there; of the register kernel: iterations loaded ahead.
+        stages: Iterations in shared memory or on their way there; of the register kernel: iterations loaded ahead;
+            of the persistent one: programs that share a multiprocessor.
         table: Decode by the table in shared memory, else by byte permutation.
         producers: Groups of four warps that decode, 1 or 2 (decoded tiles).
     """
@@ -85,13 +87,17 @@ class Tile:
         if self.kind == "decoded" and (self.rows, self.unroll, self.producers) not in ((128, 4, 1), (128, 2, 2)):
             raise ArgumentError(f"{self}", expected="128 rows, and a producer of 4 or two of 2 steps at once")
 
+    def fits(self, k: int, blocksize: int) -> bool:
+        """Whether a persistent tile's slices of K have no rest, and blocks do not straddle rows."""
+        return blocksize >= STEP and k % blocksize == 0 and k % (STEP * self.unroll * self.k_warps) == 0
+
     def shared_bytes(self, pair: int = 2) -> int:
         """Dynamic shared memory that the buffers take, in groups of ``32 * pair`` columns."""
         if self.kind == "decoded":
             # Packed words of two groups of steps a producer, and the ring.
             words = 2 * self.producers * self.unroll * self.rows * STEP // 2
             return words + self.stages * (self.rows + self.batch) * STEP * 2
-        if self.kind == "register":
+        if self.kind in ("register", "persistent"):
             return self.k_warps * self.rows * self.batch * 4
         columns = 32 * pair * self.unroll * self.k_warps
         activation = self.batch * columns * 2 if self.kind == "warpgroup" or self.batch > 16 else 0
