@@ -23,7 +23,7 @@ WARPS = 4
 
 
 @functools.lru_cache(maxsize=1)
-def decoded_kernel() -> tuple[Any, Any, Any, Any, Any] | None:
+def decoded_kernel() -> tuple[Any, ...] | None:
     """The kernel, its tensors' descriptor class, and layouts of the activation and of packed words in lines of 64 and
     of 128 bytes; None where this Triton lacks them."""
     try:
