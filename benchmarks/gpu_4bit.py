@@ -100,27 +100,24 @@ def error_of(result: Tensor, exact: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Exact:
-    """A dequantized weight: rounded to bf16, and about 512 of its rows and of its columns in float64."""
+    """A dequantized weight before its rounding to 16 bits, in float64, and after it."""
 
+    weight: Tensor
     rounded: Tensor
-    rows: Tensor
-    columns: Tensor
 
     @classmethod
     def of(cls, n: int, k: int, packed: Tensor, absmax: Tensor, *nested: Tensor) -> Exact:
-        """Of packed codes, every weight before its rounding to 16 bits."""
+        """Of packed codes."""
         weight = ops.dequantize_4bit(packed, absmax, 64, "nf4", [n, k], torch.float32, *nested)
-        return cls(
-            weight.to(torch.bfloat16), weight[:: max(1, n // 512)].double(), weight[:, :: max(1, k // 512)].double()
-        )
+        return cls(weight.double(), weight.to(torch.bfloat16))
 
     def forward(self, x: Tensor, result: Tensor) -> float:
         """Error of ``result = x @ weight.T``."""
-        return error_of(result[:, :: max(1, result.shape[1] // 512)], x.double() @ self.rows.T)
+        return error_of(result, x.double() @ self.weight.T)
 
     def backward(self, grad: Tensor, result: Tensor) -> float:
         """Error of ``result = grad @ weight``."""
-        return error_of(result[:, :: max(1, result.shape[1] // 512)], grad.double() @ self.columns)
+        return error_of(result, grad.double() @ self.weight)
 
 
 def compile_ahead(worker: int, workers: int) -> None:
