@@ -239,11 +239,10 @@ def _prepared(
     tables = (*codes, *unused, *(one.cuts for one in found), *unused)
     kind = (function_of(rule.name, ptx), count, rule.decay == "coupled")
 
-    options = _options(count, blocksize, bool(maps), ptx)
-
     def launcher_for(launch: Launch, p: torch.dtype, g: torch.dtype, random: bool, loaded: bool) -> Launcher:
         shape = (blocksize, max(VALUES // blocksize, 1))
         flags = (bool(maps), launch.masked, skip_zeros, random and p == torch.bfloat16, loaded, ptx)
+        options = _options(count, blocksize, bool(maps), ptx, loaded)
         return _launcher(device.index, (*kind, TYPES[p], TYPES[g], *kinds, *flags, *shape), options)
 
     def run(hyper: Tensor, seed: int) -> None:
@@ -273,15 +272,16 @@ def _launcher(index: int, constants: tuple[Any, ...], options: tuple[tuple[str, 
     return Launcher(kernels._optimizer_kernel, constants, enable_fp_fusion=False, **dict(options))
 
 
-def _options(count: int, blocksize: int, eight: bool, ptx: bool) -> tuple[tuple[str, int], ...]:
+def _options(count: int, blocksize: int, eight: bool, ptx: bool, loaded: bool) -> tuple[tuple[str, int], ...]:
     """Measured on an H100 over 268 million bf16 values (benchmarks/gpu_optim.py), as shares of a copy's rate.
 
-    Two 8-bit states: 2 warps 0.91, 4 warps 0.87. Three: 4 warps 0.65, with registers for 24 warps at once 0.69.
+    Two 8-bit states: 2 warps 0.91, 4 warps 0.87; with numbers that are ``loaded`` 0.67 and 0.77. Three: 4 warps 0.65,
+    with registers for 24 warps at once 0.69.
     """
     if not eight or blocksize != BLOCKSIZES[0] or count == 1:
         return (("num_warps", 4),)
     if count == 2:
-        return (("num_warps", 2),)
+        return (("num_warps", 4 if loaded else 2),)
     return (("num_warps", 4), ("maxnreg", 80)) if ptx else (("num_warps", 4),)
 
 
