@@ -117,8 +117,9 @@ CANDIDATES = (
     (8, 16, 4, 4, 1, 1), (8, 32, 4, 2, 2, 1), (8, 64, 4, 2, 4, 1), (8, 32, 2, 2, 2, 1),
     (16, 32, 2, 4, 1, 1), (16, 32, 4, 2, 2, 1), (16, 64, 2, 2, 4, 1), (16, 64, 4, 1, 4, 1),
     (32, 32, 2, 4, 2, 0), (32, 64, 2, 2, 4, 0), (32, 64, 4, 1, 4, 0), (32, 128, 2, 1, 8, 0),
+    (16, 64, 4, 1, 4, 1, True), (32, 64, 2, 2, 4, 1, True), (32, 64, 4, 1, 4, 1, True), (32, 128, 2, 1, 8, 0, True),
 )  # fmt: skip
-"""Tiles that ``--tiles`` measures: batch, rows, unroll, k_warps, n_warps, ahead."""
+"""Tiles that ``--tiles`` measures: batch, rows, unroll, k_warps, n_warps, ahead, halves."""
 
 
 def variants(each: float, k: int) -> list[GroupedTile]:
