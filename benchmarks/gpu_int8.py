@@ -1,7 +1,7 @@
 """Linear8bitLt on a GPU beside nn.Linear and F.linear in fp16, and bitsandbytes' Linear8bitLt.
 
-Run: ``python benchmarks/gpu_int8.py [--out FOLDER] [--seconds N] [--trace]`` from a source folder, on a machine with a
-GPU, with bitsandbytes importable where it should be compared. Every product is checked against fp32 before it is timed.
+Run: ``python benchmarks/gpu_int8.py [--out FOLDER] [--seconds N] [--trace | --graphs]`` from a source folder, on a
+machine with a GPU, with bitsandbytes importable where it should be compared. Products are checked against fp32 first.
 Weights rotate past the level-2 cache. All ways are timed in turn, and each round another one begins. Microseconds:
 
 * ``graph``: of a call in a CUDA graph that holds one call for each copy of the weight. bitsandbytes waits for the GPU
@@ -9,7 +9,8 @@ Weights rotate past the level-2 cache. All ways are timed in turn, and each roun
 * ``eager``: from the start of one call until the GPU is done, the GPU idle before.
 * ``host``: until a call returns, while the GPU works on those before.
 
-``--trace`` writes, instead, which calls of the CUDA runtime and driver one forward pass makes, and what the GPU does.
+``--trace`` writes, instead, which calls of the CUDA runtime and driver one forward pass makes, and what the GPU does;
+``--graphs`` the times in CUDA graphs at more batches and shapes, with and without a threshold.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from halfbyte.nn import Linear8bitLt
 
 SHAPES = [(4096, 4096), (14336, 4096)]
 BATCHES = [1, 16, 512, 2048]
+GRAPH_SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
+GRAPH_BATCHES = [1, 4, 16, 32, 64, 128, 256, 512, 2048]
 THRESHOLD = 6.0
 ROUNDS = 12
 EAGER_CALLS = 8
@@ -210,11 +213,34 @@ def traces() -> Iterator[list[dict[str, Any]]]:
     weight = weight_of(n, k)
     for who, kind in (("halfbyte", Linear8bitLt), ("bitsandbytes", _peer())):
         (layer,) = quantized(kind, weight, 1) if kind is not None else (None,)
-        for batch in BATCHES if kind is not None else ():
+        for batch in (BATCHES if who == "halfbyte" else BATCHES[::3]) if kind is not None else ():
             for outliers in (False, True):
                 x = activation(batch, k, outliers)
                 x = x.bfloat16() if who == "halfbyte" else x.half()
                 yield traced(who, lambda layer=layer, x=x: layer(x), batch, outliers)
+
+
+def graphs() -> Iterator[dict[str, Any]]:
+    """Times in CUDA graphs: fp16, and halfbyte with and without a threshold; medians of 7 in turn."""
+    for n, k in GRAPH_SHAPES:
+        weight = weight_of(n, k)
+        count = copies_for(weight.numel())
+        dense, eight = [weight.clone() for _ in range(max(2, count // 2))], quantized(Linear8bitLt, weight, count)
+        for batch in GRAPH_BATCHES:
+            x = activation(batch, k)
+            half, given = x.half(), x.bfloat16()
+            calls = {"fp16": [lambda w=w, a=half: F.linear(a, w) for w in dense]}
+            made = {"fp16": captured(calls["fp16"])}
+            calls["halfbyte"] = [lambda layer=layer, a=given: layer(a) for layer in eight]
+            for name, threshold in (("without threshold", 0.0), ("halfbyte", THRESHOLD)):
+                for layer in eight:
+                    layer.state.threshold = threshold
+                made[name] = captured(calls["halfbyte"])
+            taken: dict[str, list[float]] = {name: [] for name in made}
+            for _ in range(7):
+                for name, graph in made.items():
+                    taken[name] += _graph(graph, len(calls.get(name, calls["halfbyte"])))
+            yield {"n": n, "k": k, "batch": batch, **{name: round(sorted(us)[3], 1) for name, us in taken.items()}}
 
 
 def _peer() -> Any:
@@ -228,11 +254,12 @@ def _peer() -> Any:
 
 
 def main() -> None:
-    """Measure, write ``gpu_int8.csv``; or trace, write ``gpu_int8_trace.csv``."""
+    """Measure, write ``gpu_int8.csv``, ``gpu_int8_trace.csv`` or ``gpu_int8_graphs.csv``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=600.0, help="no further point once this has passed")
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--graphs", action="store_true")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     begin, rows = time.perf_counter(), list[dict[str, Any]]()
@@ -243,6 +270,13 @@ def main() -> None:
                 rows += found
                 print(*(" ".join(map(str, row.values())) for row in found), sep="\n", flush=True)
                 path = write_csv("gpu_int8_trace.csv", [{**row, **gpu} for row in rows], args.out)
+            print(path)
+            return
+        if args.graphs:
+            for row in graphs():
+                rows.append(row)
+                print(*row.items(), flush=True)
+                path = write_csv("gpu_int8_graphs.csv", [{**row, **gpu} for row in rows], args.out)
             print(path)
             return
         for n, k in SHAPES:

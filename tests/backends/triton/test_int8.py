@@ -12,7 +12,8 @@ import pytest
 pytest.importorskip("triton")
 
 from halfbyte.backends.triton.device import Gpu
-from halfbyte.backends.triton.int8_tuning import Tile, closed_form, read, tile_for
+from halfbyte.backends.triton.int8_plan import GATHERED_FROM, GATHERED_WORK
+from halfbyte.backends.triton.int8_tuning import Entry, Tile, closed_form, read, tile_for
 from halfbyte.backends.triton.kernels import int8 as kernels
 from halfbyte.backends.triton.kernels.int8_product import _int8_product_kernel
 from halfbyte.backends.triton.kernels.int8_row import _int8_row_kernel
@@ -105,13 +106,17 @@ def test_products_of_one_row_load_16_bytes_and_multiply_four_codes_at_once(targe
         assert built.registers_spilled == 0
 
 
-@pytest.mark.parametrize("tile", dict.fromkeys((e.tile, e.k, e.batch >= 256) for e in read("sm_90")), ids=str)
+def gathered(entry: Entry) -> bool:
+    return entry.batch >= GATHERED_FROM and entry.batch * entry.n * entry.k >= GATHERED_WORK
+
+
+@pytest.mark.parametrize("tile", dict.fromkeys((e.tile, e.k, gathered(e)) for e in read("sm_90")), ids=str)
 def test_measured_tiles_fit(tile: tuple[Tile, int, bool]) -> None:
-    kind, k, gathered = tile
-    built = row("sm_90", kind, k) if kind.kind == "row" else product("sm_90", kind, gathered=gathered)
+    kind, k, apart = tile
+    built = row("sm_90", kind, k) if kind.kind == "row" else product("sm_90", kind, gathered=apart)
     assert built.shared <= SHARED["sm_90"]
-    # 16 rows keep a few addresses of the outliers' part in memory, outside the loop.
-    assert built.registers_spilled <= 64
+    # Addresses of the outliers' part, outside the loop; the widest tile was the fastest with them.
+    assert built.registers_spilled <= (64 if kind.m * kind.n < 128 * 256 else 192)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])

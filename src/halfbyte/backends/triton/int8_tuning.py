@@ -11,7 +11,7 @@ from halfbyte.backends.triton.device import Gpu
 from halfbyte.backends.triton.tuning import distance, shipped
 from halfbyte.errors import ArgumentError
 
-__all__ = ["LARGEST_ROW", "Tile", "closed_form", "read", "tile_for"]
+__all__ = ["LARGEST_ROW", "Entry", "Tile", "closed_form", "read", "tile_for"]
 
 KINDS = ("row", "pointer")
 
@@ -104,6 +104,8 @@ def closed_form(gpu: Gpu, batch: int, n: int, k: int) -> Tile:
         return Tile("row", 1, min(16, 64 * 32 * warps // words), 64, 1, warps, 2 if words <= 1024 else 1)
     if batch <= 16:
         return Tile("pointer", 16, 32 if n < 64 * gpu.multiprocessors else 64, 256, 1, 4, 4)
+    if batch <= 32:
+        return Tile("pointer", 32, 32 if n < 64 * gpu.multiprocessors else 64, 256, 4, 4, 3)
     if batch <= 64:
         return Tile("pointer", 64, 64, 128, 4, 4, 3)
     if batch <= 512:

@@ -32,7 +32,7 @@ def _add_outliers(
     """
     inside_m = (m < M)[:, None]
     inside_n = (n < N)[None, :]
-    rows = tl.minimum(m, M - 1).to(tl.int64)[:, None]
+    rows = (m % M).to(tl.int64)[:, None]
     lines = tl.minimum(n, N - 1).to(tl.int64)[None, :]
     if CAPACITY > 0:
         found = tl.load(count)
@@ -123,8 +123,8 @@ def _int8_product_kernel(
     m = tile_m * BM + tl.arange(0, BM)
     n = tile_n * BN + tl.arange(0, BN)
     column = tl.arange(0, BK)
-    # Rows past the end repeat the last one; they are not stored.
-    a_place = codes + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K + column[None, :]
+    # Rows past the end begin again, and are not stored. Were they all the last one, every program would read that.
+    a_place = codes + (m % M).to(tl.int64)[:, None] * K + column[None, :]
     b_place = weight + tl.minimum(n, N - 1).to(tl.int64)[None, :] * K + column[:, None]
     sums = tl.zeros((BM, BN), tl.int32)
     for start in range(0, K, BK):
