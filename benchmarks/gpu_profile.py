@@ -10,19 +10,21 @@ from typing import Any
 __all__ = ["CLASSES", "class_of", "kernel_times"]
 
 CLASSES = (
+    ("elementwise", r"^triton_"),
     ("dequantize", r"dequant"),
     ("attention", r"flash|fmha|attention|sdpa|softmax"),
     ("linear", r"gemm|gemv|nvjet|cutlass|cublas|splitk|sum_partial|4bit"),
     ("copies", r"copy|memcpy|memset|index|catarray"),
     ("elementwise", r""),
 )
-"""Class -> pattern of kernel names, the first that is found: elementwise is what remains, norms included."""
+"""Class and pattern of kernel names, the first that is found. Elementwise is what remains, norms included, and what
+torch's compiler makes: it names its kernels after all that stands near them."""
 
 
 def class_of(kernel: str) -> str:
     """The class of a kernel by its name.
 
-    >>> class_of("_gemm_4bit_small_batch_kernel"), class_of("_dequantize_4bit_kernel"), class_of("triton_red_fused_mul")
+    >>> class_of("_gemm_4bit_small_batch_kernel"), class_of("_dequantize_4bit_kernel"), class_of("triton_red_gemm_4bit")
     ('linear', 'dequantize', 'elementwise')
     """
     return next(name for name, pattern in CLASSES if re.search(pattern, kernel, re.IGNORECASE))
@@ -68,7 +70,7 @@ def kernel_times(call: Callable[[], Any], repeats: int = 3, top: int = 8) -> tup
         counts["linear"] -= 1
         counts["head"] += 1
     row: dict[str, float] = {}
-    for name in ("linear", "head", *(name for name, _ in CLASSES if name != "linear")):
+    for name in ("linear", "head", *dict.fromkeys(name for name, _ in CLASSES if name != "linear")):
         row[f"{name}_us"] = round(times[name] / repeats, 1)
         row[f"{name}_kernels"] = round(counts[name] / repeats, 1)
     words = [
