@@ -31,6 +31,9 @@ PANEL, PANEL_MANY = 2, 8
 """Chunks of a row decoded at a time for one group of activations (a cache line of each row), and for several, whose
 sums are stored and loaded between panels."""
 
+ALONE = 64
+"""Chunks that one thread puts into order sooner than several are called for it."""
+
 GROUP_ROWS = 128
 """Rows of the weight whose sums a thread holds for several groups of activations."""
 
@@ -58,7 +61,7 @@ def _plan(batch: int, rows: int, chunks: int, count: int) -> _Plan:
     step = HIGH * tiles.SIDE
     if groups == 1:
         panel, held = min(PANEL, chunks), HIGH
-        share = -(-rows // (step * 8 * count)) * step
+        share = max(1, rows // (step * 8 * count)) * step  # at least eight pieces a thread where there are rows
     else:
         panel = min(PANEL_MANY, chunks)
         share = min(GROUP_ROWS, -(-rows // (step * 2 * count)) * step)
@@ -92,7 +95,7 @@ def by_tiles(batch: int, weight: Sizes) -> Product:
         prepare, product = _kernels(host.level(), nested, halves, plan.wide, plan.groups == 1)
         size = across * tiles.SIDE * columns * 2
         x = scratch(size + tiles.COUNTER_BYTES + count * plan.workspace_bytes)
-        a_piece = -(-chunks // max(1, 2 * count // across))
+        a_piece = chunks if across * chunks <= ALONE else -(-chunks // max(1, 2 * count // across))
         a_tile = -(-chunks // a_piece)
         prepare(across * a_tile, source, x, stride, chunks, batch, a_piece, a_tile)
         address = x + size
