@@ -133,9 +133,14 @@ def start(args: argparse.Namespace, model: str, text: str) -> list[cpu_turns.Pee
         words = [python, __file__, "--child", form, "--model", model, "--text", text]
         words += ["--threads", str(args.threads), "--windows", str(args.windows)]
         peers.append(cpu_turns.Peer(form, words, cpu_turns.environment(args, foreign=foreign)))
+    ready: list[cpu_turns.Peer] = []
     for peer in peers:
-        peer.ask("")
-    return peers
+        try:
+            peer.ask("")
+            ready.append(peer)
+        except RuntimeError as error:  # the others are still worth their figures
+            print(error, flush=True)
+    return ready
 
 
 def measure(peers: list[cpu_turns.Peer], args: argparse.Namespace) -> list[dict[str, object]]:
