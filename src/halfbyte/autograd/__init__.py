@@ -2,7 +2,7 @@
 
 from halfbyte.autograd.low_rank_4bit import low_rank_matmul_4bit
 from halfbyte.autograd.matmul_4bit import MatMul4Bit, gradient_4bit, matmul_4bit, repeated_matmul_4bit
-from halfbyte.autograd.matmul_8bit import MatMul8bitFp, MatMul8bitLt, MatmulLtState, matmul, repeated_matmul
+from halfbyte.autograd.matmul_8bit import MatMul8bitFp, MatMul8bitLt, MatmulLtState, matmul
 from halfbyte.autograd.outlier_pool import GlobalOutlierPooler
 
 __all__ = [
@@ -15,6 +15,5 @@ __all__ = [
     "low_rank_matmul_4bit",
     "matmul",
     "matmul_4bit",
-    "repeated_matmul",
     "repeated_matmul_4bit",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import repeated_matmul
+from halfbyte.autograd.matmul_8bit import repeated_matmul
 from halfbyte.backends import registry
 from halfbyte.nn.int8_params import Int8Params
 
