@@ -51,6 +51,7 @@ def test_kernels_compile_for_every_cpu_and_call_no_function(level: str, machine:
 
 RANK = {"dtype": "f32", "coding": "rank"}
 PLAIN = {"nested": False, "halves": False}
+ROWS = {"nested": False, "blocks": 2, "together": 4, "tile": 1}
 INSTRUCTIONS = [
     ("product_4bit", "avx512bf16", {"dtype": "bf16", **PLAIN, "tile": 1}, [r"vdpbf16ps\s.*%zmm", r"vpermw\s.*%zmm"]),
     ("product_4bit", "avx512bf16", {"dtype": "f32", **PLAIN, "tile": 1}, [r"vperm(ps|d)\s.*%zmm", r"vfmadd.*%zmm"]),
@@ -59,6 +60,8 @@ INSTRUCTIONS = [
     ("product_4bit", "avx2", {"dtype": "bf16", **PLAIN, "tile": 4}, [r"vpshufb\s.*%ymm", r"vfmadd.*%ymm"]),
     ("product_4bit", "neon", {"dtype": "f32", **PLAIN, "tile": 1}, [r"\ttbl\t", r"\tfmla\t"]),
     ("product_4bit", "neon", {"dtype": "bf16", **PLAIN, "tile": 4}, [r"\ttbl\t", r"\tzip1\t", r"\tfmla\t"]),
+    ("product_rows", "avx512", {"dtype": "bf16", **ROWS, "pairs": False}, [r"vperm(ps|d)\s.*%zmm", r"vfmadd.*%zmm"]),
+    ("product_rows", "avx512bf16", {"dtype": "bf16", **ROWS, "pairs": True}, [r"vpermw\s.*%zmm", r"vdpbf16ps\s.*%zmm"]),
     ("dequantize_4bit", "avx512", {"dtype": "bf16", **PLAIN}, [r"vpermw\s.*%zmm"]),
     ("dequantize_4bit", "avx2", {"dtype": "f16", **PLAIN}, [r"vpshufb\s.*%ymm", r"vcvtps2ph"]),
     ("dequantize_4bit", "neon", {"dtype": "bf16", **PLAIN}, [r"\ttbl\t"]),
