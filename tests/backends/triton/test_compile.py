@@ -198,7 +198,7 @@ def decoded(
 
 
 LARGE = Tile("decoded", 256, 128, 4, 1, 8, 1, 4)
-MIDDLE = Tile("decoded", 128, 128, 2, 1, 8, 1, 5, producers=2)
+MIDDLE = Tile("decoded", 128, 128, 2, 1, 8, 1, 6, producers=2)
 SMALLER = Tile("decoded", 64, 128, 2, 1, 4, 1, 6, producers=2)
 
 

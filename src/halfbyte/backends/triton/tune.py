@@ -85,8 +85,8 @@ def _decoded_tiles(batch: int) -> Iterator[Tile]:
     if rows >= 256:
         yield from _splits(Tile("decoded", rows, 128, 4, 1, 8, 1, 4, table=False), batch)
     else:
-        warps, stages = (8, 5) if rows == 128 else (4, 6)
-        yield from _splits(Tile("decoded", rows, 128, 2, 1, warps, 1, stages, table=False, producers=2), batch)
+        warps = 8 if rows == 128 else 4
+        yield from _splits(Tile("decoded", rows, 128, 2, 1, warps, 1, 6, table=False, producers=2), batch)
 
 
 def _splits(tile: Tile, batch: int) -> Iterator[Tile]:

@@ -84,8 +84,11 @@ class Tile:
             raise ArgumentError(f"{self}", expected="unroll up to 4, split 1 or more, up to 16 stages")
         if self.kind in ("warpgroup", "decoded") and (self.k_warps > 1 or self.n_warps % 4):
             raise ArgumentError(f"{self}", expected="whole warpgroups of 4 warps, none of them sharing K")
-        if self.kind == "decoded" and (self.rows, self.unroll, self.producers) not in ((128, 4, 1), (128, 2, 2)):
-            raise ArgumentError(f"{self}", expected="128 rows, and a producer of 4 or two of 2 steps at once")
+        if self.kind == "decoded" and (
+            self.stages % 2 or (self.rows, self.unroll, self.producers) not in ((128, 4, 1), (128, 2, 2))
+        ):
+            expected = "128 rows, a producer of 4 or two of 2 steps at once, an even number of stages"
+            raise ArgumentError(f"{self}", expected=expected)
 
     def fits(self, k: int, blocksize: int) -> bool:
         """Whether a persistent tile's slices of K have no rest, and blocks do not straddle rows."""
@@ -271,8 +274,7 @@ def decoded_form(gpu: Gpu, batch: int, width: int, terms: int) -> Tile:
     split = max(size for size in (1, 2, 3, 4, 6, 8) if size <= max(1, most))
     if rows == 256:
         return Tile("decoded", rows, 128, 4, 1, 8, split, 4, table=False)
-    warps, stages = (8, 5) if rows == 128 else (4, 6)
-    return Tile("decoded", rows, 128, 2, 1, warps, split, stages, table=False, producers=2)
+    return Tile("decoded", rows, 128, 2, 1, 8 if rows == 128 else 4, split, 6, table=False, producers=2)
 
 
 def fused_up_to(gpu: Gpu, n: int, k: int) -> int:

@@ -1,10 +1,9 @@
 """The 4-bit product for more than a few rows on Hopper, in Gluon: some warps decode the weight into shared memory,
 others multiply.
 
-The copy engine brings packed words, G steps of 64 terms at a time, and the activation. A producer's thread holds one
-block of 64 weights: it scales the 16 levels by the block's absmax first, so that the 16 products, rounded once, are a
-table in registers, and looks every code up by byte permutation: what lands in shared memory is the dequantized weight
-to the last bit. Consumer warps do nothing but wgmma. Rings of barriers connect them.
+The copy engine brings packed words, G steps of 64 terms at a time, and the activation. A producer's thread decodes one
+block of 64 weights (block_table): what lands in shared memory is the dequantized weight to the last bit. Consumer warps
+do nothing but wgmma. Rings of barriers connect them.
 
 Loads that run ahead must not end in registers that a loop passes on: to move a register is to wait for its load, and
 the distance is lost. So words stay in shared memory until their step, and scales are loaded two groups of steps ahead.
@@ -23,58 +22,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from halfbyte.backends.triton.kernels.block_table import _decode_block
+
 __all__ = ["_gemm_4bit_decoded_kernel"]
 
 # Triton 3.9 renamed the copy; the arguments used here kept their places.
 _load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-
-def _table_assembly(kind):
-    """PTX for a block's table: $0..$3 high and $4..$7 low bytes of 16 scaled levels, $8 the scale, $9..$24 the
-    levels."""
-    lines = ["{ .reg .f32 p0, p1; .reg .b32 q0, q1, q2, q3, q4, q5, q6, q7;"]
-    for i in range(8):
-        lines += [
-            f"mul.rn.f32 p0, $8, ${9 + 2 * i};",
-            f"mul.rn.f32 p1, $8, ${10 + 2 * i};",
-            f"cvt.rn.{kind}.f32 q{i}, p1, p0;",
-        ]
-    for i in range(4):
-        lines += [f"prmt.b32 ${i}, q{2 * i}, q{2 * i + 1}, 0x7531;"]
-        lines += [f"prmt.b32 ${4 + i}, q{2 * i}, q{2 * i + 1}, 0x6420;"]
-    return "\n".join([*lines, "}"])
-
-
-def _lookup_assembly():
-    """PTX for eight codes: $0..$3 pairs of values, $4 the packed word, $5..$12 the table."""
-    lines = [
-        "{ .reg .b32 s0, s1, m0, m1, a, b, h0, h1, l0, l1;",
-        "and.b32 s0, $4, 0x77777777;",
-        "shr.u32 s1, s0, 16;",
-        "shr.u32 m0, $4, 1;",
-        "lop3.b32 m0, m0, 0x44444444, 0x32103210, 0xEA;",
-        "shr.u32 m1, m0, 16;",
-    ]
-    for half in (0, 1):
-        for plane, first in (("h", 5), ("l", 9)):
-            lines += [
-                f"prmt.b32 a, ${first}, ${first + 1}, s{half};",
-                f"prmt.b32 b, ${first + 2}, ${first + 3}, s{half};",
-                f"prmt.b32 {plane}{half}, a, b, m{half};",
-            ]
-    # The high nibble of a byte is the even element, so bytes 1 and 0 of a plane are elements 0 and 1.
-    lines += [f"prmt.b32 ${2 * half}, l{half}, h{half}, 0x4051;" for half in (0, 1)]
-    lines += [f"prmt.b32 ${2 * half + 1}, l{half}, h{half}, 0x6273;" for half in (0, 1)]
-    return "\n".join([*lines, "}"])
-
-
-_TABLE_BF16: gl.constexpr = gl.constexpr(_table_assembly("bf16x2"))
-_TABLE_FP16: gl.constexpr = gl.constexpr(_table_assembly("f16x2"))
-# Outputs are written before the last input is read.
-_TABLE_CONSTRAINTS: gl.constexpr = gl.constexpr(",".join(["=&r"] * 8 + ["f"] * 17))
-_LOOKUP: gl.constexpr = gl.constexpr(_lookup_assembly())
-_LOOKUP_CONSTRAINTS: gl.constexpr = gl.constexpr(",".join(["=&r"] * 4 + ["r"] * 9))
 
 
 @gluon.constexpr_function
@@ -91,7 +45,8 @@ def _packed_layout(ACROSS, G):
     words = [[0, 1], [0, 2], [0, 4]]
     if ACROSS:
         steps = [[64, 0], [128, 0]][: 1 if G == 2 else 2]
-        return gl.DistributedLinearLayout(words + steps, rows, [[32, 0], [0, 8]], [], [64 * G, 16])
+        # Lanes hold 16 rows of both blocks, whose scales lie side by side.
+        return gl.DistributedLinearLayout(words + steps, [*rows[:4], [0, 8]], [[16, 0], [32, 0]], [], [64 * G, 16])
     steps = [[0, 8], [0, 16]][: 1 if G == 2 else 2]
     return gl.DistributedLinearLayout(words + steps, rows, [[32, 0], [64, 0]], [], [128, 8 * G])
 
@@ -102,14 +57,14 @@ def _split_steps(packed, ACROSS: gl.constexpr, G: gl.constexpr):
     w_l: gl.constexpr = _word_layout()
     if G == 2:
         if ACROSS:
-            words = packed.reshape([2, 64, 2, 8]).permute((2, 1, 3, 0)).reshape([128, 8, 2])
+            words = packed.reshape([2, 4, 16, 2, 8]).permute((1, 3, 2, 4, 0)).reshape([128, 8, 2])
         else:
             words = packed.reshape([128, 2, 8]).permute((0, 2, 1))
         w0, w1 = words.split()
         return (gl.convert_layout(w0, w_l, assert_trivial=True), gl.convert_layout(w1, w_l, assert_trivial=True))
     else:
         if ACROSS:
-            words = packed.reshape([4, 64, 2, 8]).permute((2, 1, 3, 0)).reshape([128, 8, 2, 2])
+            words = packed.reshape([4, 4, 16, 2, 8]).permute((1, 3, 2, 4, 0)).reshape([128, 8, 2, 2])
         else:
             words = packed.reshape([128, 4, 8]).permute((0, 2, 1)).reshape([128, 8, 2, 2])
         even, odd = words.split()
@@ -123,34 +78,6 @@ def _split_steps(packed, ACROSS: gl.constexpr, G: gl.constexpr):
         )
 
 
-@gluon.jit
-def _decode_block(words, scale, levels, DT: gl.constexpr):
-    """Pairs [BLOCKS, 32] of 16-bit values of packed words [BLOCKS, 8] with scales [BLOCKS]."""
-    l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15 = levels
-    table = gl.inline_asm_elementwise(
-        _TABLE_BF16 if gl.bfloat16 == DT else _TABLE_FP16,
-        _TABLE_CONSTRAINTS,
-        [scale, l0, l1, l2, l3, l4, l5, l6, l7, l8, l9, l10, l11, l12, l13, l14, l15],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )
-    t0, t1, t2, t3, t4, t5, t6, t7 = table
-    p0, p1, p2, p3 = gl.inline_asm_elementwise(
-        _LOOKUP,
-        _LOOKUP_CONSTRAINTS,
-        [
-            words, t0[:, None], t1[:, None], t2[:, None], t3[:, None], t4[:, None], t5[:, None], t6[:, None],
-            t7[:, None],
-        ],
-        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-        is_pure=True,
-        pack=1,
-    )  # fmt: skip
-    pairs = gl.join(gl.join(p0, p2), gl.join(p1, p3))
-    return pairs.reshape([words.shape[0], 32])
-
-
 if hasattr(gl.shared_memory_descriptor, "_reinterpret"):
 
     @gluon.jit
@@ -158,12 +85,26 @@ if hasattr(gl.shared_memory_descriptor, "_reinterpret"):
         """The same shared memory as a tile [ROWS, COLUMNS]."""
         return memory._reinterpret(DT, [ROWS, COLUMNS], layout)
 
+    @gluon.jit
+    def _tiles(
+        memory, DT: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr
+    ):
+        """The same shared memory, all of it (Triton 3.8 insists), as COUNT tiles [ROWS, COLUMNS]."""
+        return memory._reinterpret(DT, [COUNT, ROWS, COLUMNS], layout)
+
 else:  # renamed in Triton 3.7
 
     @gluon.jit
     def _view(memory, DT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
         """The same shared memory as a tile [ROWS, COLUMNS]."""
         return memory.reinterpret(DT, [ROWS, COLUMNS], layout)
+
+    @gluon.jit
+    def _tiles(
+        memory, DT: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr
+    ):
+        """The same shared memory, all of it (Triton 3.8 insists), as COUNT tiles [ROWS, COLUMNS]."""
+        return memory.reinterpret(DT, [COUNT, ROWS, COLUMNS], layout)
 
 
 @gluon.jit
@@ -206,22 +147,22 @@ def _fetch_scales(
 
 
 @gluon.jit
-def _scales_of(found, nested, NESTED: gl.constexpr, G: gl.constexpr):
-    """fp32 scales, a tuple of G, of what :func:`_fetch_scales` found."""
-    absmax, absmax_code, offset = nested
-    scales = ()
+def _factors_of(found, absmax, absmax_code, NESTED: gl.constexpr, G: gl.constexpr):
+    """What the scales of a group are made from, a tuple of pairs: where they are nested a code's value and its block's
+    absmax, else the scale and itself."""
+    factors = ()
     for u in gl.static_range(G):
         q, index = found[u]
         if NESTED:
-            scales = scales + (gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset,)
+            factors = factors + ((gl.load(absmax_code + q.to(gl.int32)), gl.load(absmax + index // 256)),)
         else:
-            scales = scales + (q,)
-    return scales
+            factors = factors + ((q, q),)
+    return factors
 
 
 @gluon.jit
 def _produce(
-    source, p_ring, w_ring, x_ring, packed, full, empty, place,
+    source, rings, barriers, place,
     BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, NESTED: gl.constexpr, WHOLE: gl.constexpr,
     STAGES: gl.constexpr, G: gl.constexpr, PG: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
@@ -230,28 +171,32 @@ def _produce(
     Producer WHO of PG takes every PG-th group of G steps.
     """
     w_desc, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels = source
+    p_ring, w_ring, x_ring = rings
+    packed, full, empty = barriers
     N, K, row_blocks, first, batch, begin, steps = place
     DT: gl.constexpr = x_ring.dtype
     p_l: gl.constexpr = _packed_layout(ACROSS, G)
     BYTES: gl.constexpr = 4096 * G
     block = gl.arange(0, 128, gl.SliceLayout(1, _word_layout()))
     if ACROSS:
-        # Blocks stand column by column: the tile [64 terms, 128 columns] lies in shared memory in strips of 64 columns.
-        row = begin * 64 + block % 64
-        base = gl.minimum(first + (block // 64) * 64, K - 64) // BLOCK
+        row = begin * 64 + block // 32 * 16 + block % 16
+        base = gl.minimum(first + block // 16 % 2 * 64, K - 64) // BLOCK
     else:
         row = gl.minimum(first + block, N - 1)
         base = row * row_blocks
     scales = absmax_8bit if NESTED else absmax
-    offset = gl.load(absmax_offset) if NESTED else 0.0
-    nested = (absmax, absmax_code, offset)
+    # Adding nothing is to wait for a load: else the loop waits wherever it uses this register, for later loads as well.
+    offset = gl.load(absmax_offset) + 0.0 if NESTED else 0.0
     for group in gl.static_range(2):
         step = begin + (WHO + group * PG) * G
         mbarrier.expect(packed.index(WHO * 2 + group), BYTES)
         at = [step * 64, first // 8] if ACROSS else [first, step * 8]
         _load_tile(w_desc, at, packed.index(WHO * 2 + group), p_ring.index(WHO * 2 + group))
     found = _fetch_scales(WHO * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
-    ahead = _scales_of(found, nested, NESTED, G)
+    loaded = _factors_of(found, absmax, absmax_code, NESTED, G)
+    ahead = ()
+    for u in gl.static_range(G):
+        ahead = ahead + ((loaded[u][0] + 0.0, loaded[u][1] + 0.0),)
     found = _fetch_scales((WHO + PG) * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
     stage = WHO * G
     phase = 1
@@ -265,23 +210,35 @@ def _produce(
         step = begin + i + 2 * PG * G
         at = [step * 64, first // 8] if ACROSS else [first, step * 8]
         _load_tile(w_desc, at, packed.index(WHO * 2 + half), p_ring.index(WHO * 2 + half))
-        # Scales are loaded two groups ahead, and where they are nested decoded one group ahead.
+        # Scales are loaded two groups ahead, and where they are nested looked up one group ahead.
         now = ahead
-        ahead = _scales_of(found, nested, NESTED, G)
+        ahead = _factors_of(found, absmax, absmax_code, NESTED, G)
         found = _fetch_scales(i + 2 * PG * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
-        for u in gl.static_range(G):
+        for u in gl.static_range(0, G, 2):
+            # Two steps at a time: a barrier of the producer's warps costs as much as a tenth of a step.
             if i + u < steps:
-                mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(full.index(stage), BM * 128)
-                _load_tile(x_desc, [batch, (begin + i + u) * 64], full.index(stage), x_ring.index(stage))
-                scale = now[u]
-                if ACROSS:
-                    # The sum has no terms past N: what was read there again counts nothing.
-                    scale = gl.where(row + (i + u) * 64 < N, scale, 0.0)
-                w_ring.index(stage).store(_decode_block(words[u], scale, levels, DT))
+                for v in gl.static_range(2):
+                    mbarrier.wait(empty.index(stage + v), phase)
+                    if i + u + v < steps:
+                        mbarrier.expect(full.index(stage + v), BM * 128)
+                        at = [batch, (begin + i + u + v) * 64]
+                        _load_tile(x_desc, at, full.index(stage + v), x_ring.index(stage + v))
+                for v in gl.static_range(2):
+                    scale = now[u + v][0]
+                    if NESTED:
+                        scale = scale * now[u + v][1] + offset
+                    if ACROSS:
+                        # The sum has no terms past N: what was read there again counts nothing.
+                        scale = gl.where(row + (i + u + v) * 64 < N, scale, 0.0)
+                    pairs = _decode_block(words[u + v], scale, levels, DT)
+                    if ACROSS:
+                        # The tile [64 terms, 128 columns] lies in shared memory in strips of 64 columns.
+                        pairs = pairs.reshape([4, 2, 16, 32]).permute((1, 0, 2, 3)).reshape([128, 32])
+                    w_ring.index(stage + v).store(pairs)
                 _barrier()
-                mbarrier.arrive(full.index(stage), count=1)
-                stage += 1
+                for v in gl.static_range(2):
+                    mbarrier.arrive(full.index(stage + v), count=1)
+                stage += 2
                 if stage == STAGES:
                     stage = 0
                     phase = phase ^ 1
@@ -346,7 +303,8 @@ def _consume(
             acc += gl.load(bias_ptr + n, mask=n < width, other=0.0).to(gl.float32)[:, None]
         # Through the ring, which is free by now, so that lanes write 16 bytes and warps whole lines.
         _barrier()
-        tile = _view(x_ring, DT, BM, BN, w_shared)
+        TILES: gl.constexpr = STAGES * 64 // BN
+        tile = _tiles(x_ring, DT, TILES, BM, BN, w_shared).index(0)
         tile.permute((1, 0)).store(acc.to(DT))
         _barrier()
         o_l: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [NW, 1], [1, 0])
@@ -372,7 +330,7 @@ def _gemm_4bit_decoded_kernel(
     ``w_desc`` describes the packed words of a group: [128 rows, 8 G words], ACROSS [64 G rows, 16 words]. WHOLE: not
     ACROSS, blocks of 64, and ``steps`` a multiple of G, so that a group's scales lie side by side. EIGHTS: rows of the
     result are a multiple of eight. NW warps multiply, PG (1 or 2) producers of four warps decode, with REGISTERS each
-    for the latter. With SPLIT fp32 sums go to ``out_ptr`` [splits, M, ...].
+    for the latter; STAGES is even. With SPLIT fp32 sums go to ``out_ptr`` [splits, M, ...].
     """
     BN: gl.constexpr = 128
     DT: gl.constexpr = x_desc.dtype
@@ -405,54 +363,14 @@ def _gemm_4bit_decoded_kernel(
     result = (bias_ptr, out_ptr, M, width, first, batch, split, mine)
     source = (w_desc, x_desc, absmax, absmax_8bit, absmax_code, absmax_offset, levels)
     place = (N, K, row_blocks, first, batch, begin, mine)
+    rings = (p_ring, w_ring, x_ring)
+    barriers = (packed, full, empty)
     if PG == 2:
         gl.warp_specialize(
             [
                 (_consume, (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW)),
-                (
-                    _produce,
-                    (
-                        source,
-                        p_ring,
-                        w_ring,
-                        x_ring,
-                        packed,
-                        full,
-                        empty,
-                        place,
-                        BM,
-                        BLOCK,
-                        ACROSS,
-                        NESTED,
-                        WHOLE,
-                        STAGES,
-                        G,
-                        PG,
-                        0,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        source,
-                        p_ring,
-                        w_ring,
-                        x_ring,
-                        packed,
-                        full,
-                        empty,
-                        place,
-                        BM,
-                        BLOCK,
-                        ACROSS,
-                        NESTED,
-                        WHOLE,
-                        STAGES,
-                        G,
-                        PG,
-                        1,
-                    ),
-                ),
+                (_produce, (source, rings, barriers, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES, G, PG, 0)),
+                (_produce, (source, rings, barriers, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES, G, PG, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
@@ -461,28 +379,7 @@ def _gemm_4bit_decoded_kernel(
         gl.warp_specialize(
             [
                 (_consume, (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW)),
-                (
-                    _produce,
-                    (
-                        source,
-                        p_ring,
-                        w_ring,
-                        x_ring,
-                        packed,
-                        full,
-                        empty,
-                        place,
-                        BM,
-                        BLOCK,
-                        ACROSS,
-                        NESTED,
-                        WHOLE,
-                        STAGES,
-                        G,
-                        PG,
-                        0,
-                    ),
-                ),
+                (_produce, (source, rings, barriers, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES, G, PG, 0)),
             ],
             [4],
             [REGISTERS],
