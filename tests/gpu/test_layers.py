@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import low_rank_matmul_4bit
+from halfbyte.autograd.low_rank_4bit import low_rank_matmul_4bit
 from halfbyte.backends.reference import four_bit as reference
 from halfbyte.functional import dequantize_4bit, kernel_scales
 from halfbyte.nn import Linear4bit

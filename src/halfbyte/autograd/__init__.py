@@ -1,7 +1,6 @@
 """Products with quantized weights that pass gradients to their activations."""
 
-from halfbyte.autograd.low_rank_4bit import low_rank_matmul_4bit
-from halfbyte.autograd.matmul_4bit import MatMul4Bit, gradient_4bit, matmul_4bit, repeated_matmul_4bit
+from halfbyte.autograd.matmul_4bit import MatMul4Bit, matmul_4bit
 from halfbyte.autograd.matmul_8bit import MatMul8bitFp, MatMul8bitLt, MatmulLtState, matmul
 from halfbyte.autograd.outlier_pool import GlobalOutlierPooler
 
@@ -11,9 +10,6 @@ __all__ = [
     "MatMul8bitFp",
     "MatMul8bitLt",
     "MatmulLtState",
-    "gradient_4bit",
-    "low_rank_matmul_4bit",
     "matmul",
     "matmul_4bit",
-    "repeated_matmul_4bit",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import low_rank_matmul_4bit
+from halfbyte.autograd.low_rank_4bit import low_rank_matmul_4bit
 from halfbyte.backends import registry
 from halfbyte.nn import Linear4bit, fix_4bit_weight_quant_state_from_module
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import gradient_4bit, matmul_4bit
+from halfbyte.autograd.matmul_4bit import gradient_4bit, matmul_4bit
 from halfbyte.errors import CheckpointError, QuantStateMissingError
 from halfbyte.nn.compute_dtype import compute_dtype_for
 from halfbyte.nn.holds_4bit import Holds4bit

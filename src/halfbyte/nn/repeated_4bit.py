@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from halfbyte.autograd import repeated_matmul_4bit
+from halfbyte.autograd.matmul_4bit import repeated_matmul_4bit
 from halfbyte.backends import registry
 from halfbyte.functional import format_of, kernel_scales
 from halfbyte.quant_state import QuantState, changes
