@@ -225,7 +225,7 @@ CLASSES = (
         (_REINSTALL_TORCH, Remedy("see what torch asks for", "python -m pip show torch | grep -i requires")),
         texts=(
             r"cannot import name '\w+' from 'triton[\w.]*'",
-            r"module 'triton[\w.]*' has no attribute '\w+'",
+            r"module 'triton[\w.]*' has no attribute '\w+'(?! \(consider renaming)",
             r"No module named 'triton\.compiler[\w.]*'",
             r"\btriton\.compiler\.errors\.\w+",
         ),
@@ -240,7 +240,7 @@ CLASSES = (
             Remedy("PyInstaller: ship the source too", "pyinstaller --collect-all triton --collect-all halfbyte ..."),
             Remedy("or leave the package out of the archive, as .py files"),
         ),
-        texts=(r"@jit functions should be defined in a Python file",),
+        texts=(r"@jit functions should be defined in a Python file", r"No function definition found for \w+"),
     ),
     FailureClass(
         "D13",
