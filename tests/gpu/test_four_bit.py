@@ -165,20 +165,19 @@ def test_rows_may_be_one_row_repeated_or_far_apart(m: int) -> None:
 @pytest.mark.parametrize(
     ("m", "shape", "blocksize", "tile"),
     [
-        (1, (4096, 4096), 64, tuning.Tile("persistent", 8, 16, 4, 16, 1, 1, 1)),  # an iteration a tile
-        (5, (14336, 4096), 128, tuning.Tile("persistent", 8, 16, 2, 8, 1, 1, 2)),  # seven tiles a place
-        (16, (1000, 3072), 64, tuning.Tile("persistent", 16, 16, 2, 8, 1, 1, 2)),  # a rest of rows, three iterations
-        (8, (3000, 2048), 256, tuning.Tile("persistent", 8, 32, 4, 8, 2, 1, 1)),
+        (1, (4096, 4096), 64, tuning.Tile("register", 8, 16, 4, 4, 1, 1, 4)),
+        (5, (1000, 2048), 128, tuning.Tile("register", 8, 16, 2, 8, 1, 1, 3)),  # a rest of rows
+        (16, (3000, 4128), 32, tuning.Tile("register", 16, 16, 2, 4, 1, 1, 4)),  # a rest of columns, odd iterations
+        (8, (4096, 2048), 64, tuning.Tile("register", 8, 32, 4, 2, 2, 1, 4)),
     ],
     ids=str,
 )
-def test_programs_that_take_tile_after_tile_multiply_as_the_others(
+def test_iterations_in_turn_multiply_as_others(
     m: int, shape: tuple[int, int], blocksize: int, tile: tuning.Tile, nested: bool, bias: bool
 ) -> None:
     from halfbyte.backends.triton.fused import FusedPlan
 
     n, k = shape
-    assert tile.fits(k, blocksize)
     packed, absmax = ops.quantize_4bit(torch.randn(n, k, device="cuda") * 0.02, blocksize, "nf4", torch.uint8)
     first, *rest = scales_of(absmax, nested)
     weight = ops.dequantize_4bit(packed, first, blocksize, "nf4", [n, k], torch.float32, *rest)

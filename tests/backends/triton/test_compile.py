@@ -12,7 +12,6 @@ from halfbyte.backends.triton.decoded import registers
 from halfbyte.backends.triton.kernels import (
     dequantize,
     gemm_decoded,
-    gemm_persistent,
     gemm_portable,
     gemm_small_batch,
     gemm_staged,
@@ -93,44 +92,13 @@ def test_the_small_batch_kernel_compiles_for_every_kind_of_weight(changes: dict[
     assert built.shared <= 16 << 10
 
 
-def persistent(target: str, dtype: str = "bf16", **changes: Any) -> Any:
-    constants = {
-        "BN": 16, "BM": 8, "J": 2, "U": 4, "CHAIN": 1, "BLOCK_GROUPS": 1, "KW": 16, "NW": 1, "NESTED": False,
-        "BIAS": False, **changes,
-    }  # fmt: skip
-    numbers = ("M", "N", "row_words", "row_blocks", "x_stride", "iterations", "tiles", "programs")
-    types = {**POINTERS, "x_ptr": f"*{dtype}", "bias_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
-    return build(
-        gemm_persistent._gemm_4bit_persistent_kernel, {**types, **dict.fromkeys(numbers, "i32")}, constants,
-        target=target, warps=constants["KW"] * constants["NW"], gluon=True, aligned=numbers[1:5],
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_persistent_kernel_decodes_a_weight_in_few_instructions(target: str, dtype: str) -> None:
-    built = persistent(target, dtype)
-    # Two iterations; what the warps do with their sums at the end of a tile is within.
-    weights = 2 * 16 * 64 * 4 / 32
-    assert built.instructions / weights <= 3.8
-    assert built.loop["HMMA"] == 2 * 16
+@pytest.mark.parametrize("ahead", [3, 4])
+@pytest.mark.parametrize("nested", [False, True])
+def test_two_iterations_in_turn_pass_no_loaded_register_on(ahead: int, nested: bool) -> None:
+    changes = {"AHEAD": ahead, "U": 2, "KW": 8, "NESTED": nested}
+    built = fused(gemm_small_batch._gemm_4bit_small_batch_kernel, "sm_90", 8, **{**SMALL, **changes})
+    assert built.loop["HMMA"] == 2 * 8
     assert built.registers_spilled == 0
-    # 16 warps share the registers of a multiprocessor, and the static table leaves 16 KiB that need no permission.
-    assert built.shared <= 16 << 10
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"NESTED": True, "BIAS": True},
-        {"BM": 16, "U": 2},
-        {"CHAIN": 2, "BLOCK_GROUPS": 2, "KW": 4},
-        {"BN": 32, "NW": 2, "KW": 8},
-    ],
-    ids=str,
-)
-def test_the_persistent_kernel_compiles_for_every_kind_of_weight(changes: dict[str, Any]) -> None:
-    assert persistent("sm_90", **changes).shared <= 16 << 10
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from halfbyte.backends.triton.decoded import sum_partial
 from halfbyte.backends.triton.dequantize import Nested
-from halfbyte.backends.triton.device import gpu_of
 from halfbyte.backends.triton.kernels.gemm_portable import _sum_partial_kernel
 from halfbyte.backends.triton.launch import Launcher, allocation, on_its_device, raw_stream
 from halfbyte.backends.triton.tuning import Tile
@@ -26,7 +25,6 @@ __all__ = ["FusedPlan", "fused_kernels"]
 def fused_kernels() -> dict[str, Any]:
     """The Gluon kernels by the kind of their tiles; none, with a warning, where this Triton's Gluon is another one."""
     try:
-        from halfbyte.backends.triton.kernels.gemm_persistent import _gemm_4bit_persistent_kernel
         from halfbyte.backends.triton.kernels.gemm_small_batch import _gemm_4bit_small_batch_kernel
         from halfbyte.backends.triton.kernels.gemm_staged import _gemm_4bit_staged_kernel
         from halfbyte.backends.triton.kernels.gemm_warpgroup import _gemm_4bit_warpgroup_kernel
@@ -37,25 +35,16 @@ def fused_kernels() -> dict[str, Any]:
         )
         return {}
     return {
-        "persistent": _gemm_4bit_persistent_kernel,
         "register": _gemm_4bit_small_batch_kernel,
         "staged": _gemm_4bit_staged_kernel,
         "warpgroup": _gemm_4bit_warpgroup_kernel,
     }
 
 
-def even_programs(tiles: int, places: int) -> int:
-    """How many programs share the tiles, of which each has a place at once: so few that all take equally many.
-
-    >>> even_programs(896, 132), even_programs(100, 132)
-    (128, 100)
-    """
-    return -(-tiles // -(-tiles // places))
-
-
 def _constants(
-    tile: Tile, pair: int, chain: int, per_block: int, even: bool, aligned: bool, nested: bool, bias: bool
-) -> tuple[int, ...]:
+    tile: Tile, pair: int, chain: int, per_block: int, even: bool, aligned: bool, nested: bool, bias: bool,
+    turns: bool,
+) -> tuple[int, ...]:  # fmt: skip
     """What the kernels of a grid of tiles are compiled for, in their order."""
     stages = tile.stages
     if tile.kind == "warpgroup":
@@ -67,7 +56,8 @@ def _constants(
             aligned, nested, bias,
         )  # fmt: skip
     if tile.kind == "register":
-        return (*constants, stages)
+        # Two iterations take turns only if their number is even.
+        return (*constants, stages if turns or stages < 3 else 1)
     if tile.table:
         # Static and dynamic shared memory together may pass 48 KiB only if the dynamic part alone does.
         while 16384 - 1024 < replace(tile, stages=stages).shared_bytes(pair) <= 49152:
@@ -111,28 +101,11 @@ class FusedPlan:
         even = groups == per_slice * slices_of_k
         self._pairs = pairs
         warps = tile.k_warps * tile.n_warps
-        columns = -(-n // tile.rows)
-        numbers = (m, n, k // 8, row_blocks, x_stride)
-        if tile.kind == "persistent":
-            programs = even_programs(columns, tile.stages * gpu_of(pairs.device.index).multiprocessors)
-            self._numbers, self._grid = (*numbers, per_slice // unroll, columns, programs), (programs, 1, 1)
-            constants = (
-                tile.rows,
-                tile.batch,
-                pair,
-                unroll,
-                chain,
-                per_block,
-                tile.k_warps,
-                tile.n_warps,
-                nested,
-                bias,
-            )
-        else:
-            first = () if tile.kind == "register" else words
-            self._numbers = (*first, *numbers, groups, per_slice)
-            self._grid = (columns, tile.split, -(-m // tile.batch))
-            constants = _constants(tile, pair, chain, per_block, even, aligned, nested, bias and tile.split == 1)
+        first = () if tile.kind == "register" else words
+        self._numbers = (*first, m, n, k // 8, row_blocks, x_stride, groups, per_slice)
+        self._grid = (-(-n // tile.rows), tile.split, -(-m // tile.batch))
+        turns = per_slice // unroll % 2 == 0
+        constants = _constants(tile, pair, chain, per_block, even, aligned, nested, bias and tile.split == 1, turns)
         kernel = fused_kernels()[tile.kind]
         self._launcher = Launcher(kernel, constants, num_warps=warps, enable_fp_fusion=True)
         sum_constants = (tile.split, 1024, bias)

@@ -62,8 +62,6 @@ def make_plan(
         if m > 64:
             return None
         tile = closed_form(replace(gpu, arch="other"), min(batch, 64), n, k)
-    if tile.kind == "persistent" and not tile.fits(k, blocksize):
-        tile = closed_form(gpu, batch, n, k)
     if tile.kind == "decoded":
         if decoded_kernel() is None:
             return None

@@ -29,7 +29,7 @@ __all__ = [
 FUSED_BATCHES = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 """Batch buckets: rows of activations that tiles of the fused kernels are measured for."""
 
-KINDS = ("register", "persistent", "staged", "warpgroup", "decoded")
+KINDS = ("register", "staged", "warpgroup", "decoded")
 
 STEP = 64
 """Terms of the sum that a "decoded" tile takes at a time."""
@@ -40,8 +40,7 @@ class Tile:
     """One configuration of the fused kernels.
 
     Attributes:
-        kind: ``"register"``: the weight goes straight to registers, for batches of up to 16; ``"persistent"``: so, too,
-            by programs that take one tile of its rows after the other; ``"staged"``: weight and
+        kind: ``"register"``: the weight goes straight to registers, for batches of up to 16; ``"staged"``: weight and
             activation through shared memory; ``"warpgroup"``: the same with wgmma (Hopper); ``"decoded"``: weight
             decoded into shared memory by warps of their own (Hopper).
         batch: Rows of activations of a program (BM).
@@ -50,8 +49,8 @@ class Tile:
         k_warps: Warps that share the K axis (KW).
         n_warps: Warps that share the rows (NW).
         split: Programs that share the K axis.
-        stages: Iterations in shared memory or on their way there; of the register kernel: iterations loaded ahead;
-            of the persistent one: programs that share a multiprocessor.
+        stages: Iterations in shared memory or on their way there; of the register kernel: iterations loaded ahead,
+            or 3 and 4 for 1 and 2 with two iterations in turn.
         table: Decode by the table in shared memory, else by byte permutation.
         producers: Groups of four warps that decode, 1 or 2 (decoded tiles).
     """
@@ -90,17 +89,13 @@ class Tile:
             expected = "128 rows, a producer of 4 or two of 2 steps at once, an even number of stages"
             raise ArgumentError(f"{self}", expected=expected)
 
-    def fits(self, k: int, blocksize: int) -> bool:
-        """Whether a persistent tile's slices of K have no rest, and blocks do not straddle rows."""
-        return blocksize >= STEP and k % blocksize == 0 and k % (STEP * self.unroll * self.k_warps) == 0
-
     def shared_bytes(self, pair: int = 2) -> int:
         """Dynamic shared memory that the buffers take, in groups of ``32 * pair`` columns."""
         if self.kind == "decoded":
             # Packed words of two groups of steps a producer, and the ring.
             words = 2 * self.producers * self.unroll * self.rows * STEP // 2
             return words + self.stages * (self.rows + self.batch) * STEP * 2
-        if self.kind in ("register", "persistent"):
+        if self.kind == "register":
             return self.k_warps * self.rows * self.batch * 4
         columns = 32 * pair * self.unroll * self.k_warps
         activation = self.batch * columns * 2 if self.kind == "warpgroup" or self.batch > 16 else 0

@@ -253,6 +253,56 @@ def _multiply(
     return acc
 
 
+@gluon.jit
+def _fetch(
+    weight, activation, blocks, g, groups,
+    J: gl.constexpr, U: gl.constexpr, CHAIN: gl.constexpr, BLOCK_GROUPS: gl.constexpr, EVEN: gl.constexpr,
+    ALIGNED: gl.constexpr, WITH_X: gl.constexpr,
+):  # fmt: skip
+    """Words, block numbers, scales or their codes and, WITH_X, activations of the iteration from group ``g`` on."""
+    w_ptrs, w_start, _lane = weight
+    x_ptrs, x_mask, x_start = activation
+    scales, s_row, s_start, si = blocks
+    ws = _load_words(w_ptrs, w_start, g, groups, J, U, EVEN)
+    index = _block_index(s_row, s_start, g, si, CHAIN, BLOCK_GROUPS, ALIGNED)
+    q = _load_scales(scales, index, s_start, g, si, groups, CHAIN, EVEN)
+    if WITH_X:
+        return (ws, index, q, _load_activations(x_ptrs, x_mask, x_start, g, groups, J, U, EVEN))
+    else:
+        return (ws, index, q, ())
+
+
+@gluon.jit
+def _multiply_in_turns(
+    weight, activation, blocks, nested, pairs, groups, per_slice, acc_l: gl.constexpr,
+    BN: gl.constexpr, BM: gl.constexpr, J: gl.constexpr, U: gl.constexpr, CHAIN: gl.constexpr,
+    BLOCK_GROUPS: gl.constexpr, KW: gl.constexpr, NW: gl.constexpr, EVEN: gl.constexpr, ALIGNED: gl.constexpr,
+    NESTED: gl.constexpr, WITH_X: gl.constexpr,
+):  # fmt: skip
+    """As :func:`_multiply` for an even number of iterations, two of which have registers of their own: to pass what was
+    loaded from one to the next would be to wait for it."""
+    NS: gl.constexpr = U // CHAIN
+    _w_ptrs, _w_start, lane = weight
+    x_ptrs, x_mask, x_start = activation
+    absmax, absmax_code, absmax_offset = nested
+    second = (absmax, absmax_code, gl.load(absmax_offset) if NESTED else 0.0)
+    acc = gl.zeros((KW, BN, BM), gl.float32, acc_l)
+    a = _fetch(weight, activation, blocks, 0, groups, J, U, CHAIN, BLOCK_GROUPS, EVEN, ALIGNED, WITH_X)
+    b = _fetch(weight, activation, blocks, U, groups, J, U, CHAIN, BLOCK_GROUPS, EVEN, ALIGNED, WITH_X)
+    lanes = (lane * 4 + _fill_pair_table(pairs, KW * NW),)
+    for g in range(2 * U, per_slice, 2 * U):
+        xs = a[3] if WITH_X else _load_activations(x_ptrs, x_mask, x_start, g - 2 * U, groups, J, U, EVEN)
+        acc = _accumulate(acc, a[0], xs, _scales_of(a[2], a[1], second, NESTED), lanes, BN, BM, J, NS, CHAIN, KW)
+        a = _fetch(weight, activation, blocks, g, groups, J, U, CHAIN, BLOCK_GROUPS, EVEN, ALIGNED, WITH_X)
+        xs = b[3] if WITH_X else _load_activations(x_ptrs, x_mask, x_start, g - U, groups, J, U, EVEN)
+        acc = _accumulate(acc, b[0], xs, _scales_of(b[2], b[1], second, NESTED), lanes, BN, BM, J, NS, CHAIN, KW)
+        b = _fetch(weight, activation, blocks, g + U, groups, J, U, CHAIN, BLOCK_GROUPS, EVEN, ALIGNED, WITH_X)
+    xs = a[3] if WITH_X else _load_activations(x_ptrs, x_mask, x_start, per_slice - 2 * U, groups, J, U, EVEN)
+    acc = _accumulate(acc, a[0], xs, _scales_of(a[2], a[1], second, NESTED), lanes, BN, BM, J, NS, CHAIN, KW)
+    xs = b[3] if WITH_X else _load_activations(x_ptrs, x_mask, x_start, per_slice - U, groups, J, U, EVEN)
+    return _accumulate(acc, b[0], xs, _scales_of(b[2], b[1], second, NESTED), lanes, BN, BM, J, NS, CHAIN, KW)
+
+
 @gluon.jit(do_not_specialize=["M"])
 def _gemm_4bit_small_batch_kernel(
     w_ptr, x_ptr, absmax, absmax_8bit, absmax_code, absmax_offset, bias_ptr, out_ptr, pairs,
@@ -267,7 +317,8 @@ def _gemm_4bit_small_batch_kernel(
     SPLIT*KW slices of K. CHAIN groups share one scale within an iteration of U groups; BLOCK_GROUPS groups make one
     block. ``row_blocks`` is the number of blocks in a row if blocks never straddle rows (ALIGNED), else the number of
     groups in a row. AHEAD: 0 loads an iteration's operands when it needs them, 1 loads the weight and its scales one
-    iteration ahead, 2 the activation too. With SPLIT > 1 the fp32 sums of every split go to ``out_ptr`` [SPLIT, M, N].
+    iteration ahead, 2 the activation too; 3 and 4 are 1 and 2 with two iterations in turn. With SPLIT > 1 the fp32 sums
+    of every split go to ``out_ptr`` [SPLIT, M, N].
     """
     NS: gl.constexpr = U // CHAIN
     acc_l: gl.constexpr = _sums_layout(KW, NW)
@@ -303,11 +354,18 @@ def _gemm_4bit_small_batch_kernel(
     s_row = ((sn if ALIGNED else sn.to(gl.int64)) * row_blocks)[None, :, None]
     scales = absmax_8bit if NESTED else absmax
     lane = (wn_all % 8)[None, :, None] * 4 + (ww // J)[None, None, :]
-    acc = _multiply(
-        (w_ptrs, w_start, lane), (x_ptrs, x_mask, x_start), (scales, s_row, s_start, si),
-        (absmax, absmax_code, absmax_offset), pairs, groups, per_slice, acc_l,
-        BN, BM, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, ALIGNED, NESTED, AHEAD,
-    )  # fmt: skip
+    w, x = (w_ptrs, w_start, lane), (x_ptrs, x_mask, x_start)
+    block, nested = (scales, s_row, s_start, si), (absmax, absmax_code, absmax_offset)
+    if AHEAD > 2:
+        acc = _multiply_in_turns(
+            w, x, block, nested, pairs, groups, per_slice, acc_l,
+            BN, BM, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, ALIGNED, NESTED, AHEAD == 4,
+        )  # fmt: skip
+    else:
+        acc = _multiply(
+            w, x, block, nested, pairs, groups, per_slice, acc_l,
+            BN, BM, J, U, CHAIN, BLOCK_GROUPS, KW, NW, EVEN, ALIGNED, NESTED, AHEAD,
+        )  # fmt: skip
 
     total = gl.sum(acc, axis=0)
     o_l: gl.constexpr = gl.SliceLayout(0, acc_l)
