@@ -29,9 +29,9 @@ def test_it_is_pure_python_for_every_platform(wheel: Path) -> None:
     assert binaries == []
 
 
-def test_it_is_smaller_than_600_kilobytes(wheel: Path, record_property: pytest.FixtureRequest) -> None:
+def test_it_is_smaller_than_650_kilobytes(wheel: Path, record_property: pytest.FixtureRequest) -> None:
     record_property("wheel, bytes", wheel.stat().st_size)
-    assert wheel.stat().st_size < 600_000
+    assert wheel.stat().st_size < 650_000
 
 
 def test_it_holds_the_package_with_its_type_marker_and_licence_and_nothing_else(wheel: Path) -> None:
