@@ -30,10 +30,6 @@ PROMPT, TOKENS, WINDOW = 256, 8, 512
 def load(form: str, model_dir: str) -> Any:
     """The model in one form, as a user of transformers loads it."""
     who, kind = form.split()
-    if who == "halfbyte":
-        import halfbyte
-
-        halfbyte.install_as_bitsandbytes()
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -69,16 +65,25 @@ class Child:
     """What a process answers to the words that it reads."""
 
     def __init__(self, form: str, model_dir: str, text: str, threads: int, windows: int) -> None:
+        if form.startswith("halfbyte"):
+            import halfbyte
+
+            halfbyte.install_as_bitsandbytes()
         import torch
-        from transformers import AutoTokenizer
+        import transformers.models.llama.modeling_llama  # noqa: F401 - takes long, and is done side by side
 
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        self.model = load(form, model_dir)
-        self.ids = AutoTokenizer.from_pretrained(model_dir)(text, return_tensors="pt").input_ids
-        self.windows = windows
+        self.form, self.model_dir, self.text, self.windows = form, model_dir, text, windows
         self.clock: Callable[[], float] = time.process_time if threads == 1 else time.perf_counter
-        self.turn()  # what is done once: compiling, repacking
+
+    def load(self) -> dict[str, object]:
+        """Load the model: one form after the other, as threads that compute would wait for each other."""
+        from transformers import AutoTokenizer
+
+        self.model = load(self.form, self.model_dir)
+        self.ids = AutoTokenizer.from_pretrained(self.model_dir)(self.text, return_tensors="pt").input_ids
+        return self.turn()  # what is done once: compiling, repacking
 
     def turn(self) -> dict[str, object]:
         prompt, steps = self.ids[:, :PROMPT], list[float]()
@@ -137,6 +142,8 @@ def start(args: argparse.Namespace, model: str, text: str) -> list[cpu_turns.Pee
     for peer in peers:
         try:
             peer.ask("")
+            peer.ask("load")
+            cpu_turns.rest()
             ready.append(peer)
         except RuntimeError as error:  # the others are still worth their figures
             print(error, flush=True)
