@@ -215,7 +215,7 @@ def _produce(
         ahead = _factors_of(found, absmax, absmax_code, NESTED, G)
         found = _fetch_scales(i + 2 * PG * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
         for u in gl.static_range(0, G, 2):
-            # Two steps at a time, for half of the barriers: on an H100 faster in the backward, up to 7 % slower otherwise.
+            # Two steps at a time, for half of the barriers: on an H100 faster in the backward, else up to 7 % slower.
             if i + u < steps:
                 for v in gl.static_range(2):
                     mbarrier.wait(empty.index(stage + v), phase)
