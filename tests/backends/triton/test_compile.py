@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+
 from halfbyte.backends.triton.decoded import registers
 from halfbyte.backends.triton.kernels import (
     dequantize,
@@ -20,6 +22,11 @@ from halfbyte.backends.triton.kernels import (
 from halfbyte.backends.triton.kernels import quantize as quantize_kernels
 from halfbyte.backends.triton.tuning import Tile
 from tests.backends.triton.compiling import build
+
+counted = pytest.mark.skipif(
+    triton.__version__.startswith("3.8."),
+    reason="Triton 3.8 writes more instructions for these kernels than the releases before and after it",
+)
 
 POINTERS = {
     "w_ptr": "*u8",
@@ -56,6 +63,7 @@ STAGED = {"BN": 64, "BM": 64, "J": 2, "U": 1, "KW": 1, "NW": 2, "ALIGNED": True,
 WARPGROUP = {"BN": 64, "BM": 64, "U": 2, "NW": 4, "TABLE": False, "STAGES": 2}
 
 
+@counted
 @pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90", "sm_120"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_the_small_batch_kernel_decodes_a_weight_in_few_instructions(target: str, dtype: str) -> None:
@@ -123,6 +131,7 @@ def test_the_staged_kernel_compiles_for_every_kind_of_weight(changes: dict[str, 
     assert fused(gemm_staged._gemm_4bit_staged_kernel, "sm_90", 2, **{**STAGED, **changes}).instructions
 
 
+@counted
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("table", [False, True])
 def test_the_warpgroup_kernel_feeds_the_tensor_cores_from_registers(table: bool, nested: bool) -> None:
@@ -170,6 +179,7 @@ MIDDLE = Tile("decoded", 128, 128, 2, 1, 8, 1, 6, producers=2)
 SMALLER = Tile("decoded", 64, 128, 2, 1, 4, 1, 6, producers=2)
 
 
+@counted
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("across", [False, True])
 def test_the_decoded_kernels_producer_keeps_ahead_of_the_tensor_cores(across: bool, dtype: str) -> None:

@@ -128,7 +128,13 @@ def test_the_guess_is_the_code_or_one_more(signed: bool) -> None:
     middles = (apart[:-1] + apart[1:]) * np.float32(0.5)
     every = np.arange(0x2F800000, 0x3F800001, 1 << 8, dtype=np.int32).view(np.float32)
     around = [np.nextafter(middles, np.float32(side)) for side in (-2, 2)]
-    x = np.concatenate([np.asarray([0.0, 1e-45, 1e-30, 1e-8, 1e-7, 1.0], np.float32), np.abs(np.concatenate([middles, *around])), every])
+    x = np.concatenate(
+        [
+            np.asarray([0.0, 1e-45, 1e-30, 1e-8, 1e-7, 1.0], np.float32),
+            np.abs(np.concatenate([middles, *around])),
+            every,
+        ]
+    )
     if signed:
         x = np.concatenate([x, -x])
     excess = guessed(x, kernels._assembly(signed)) - np.searchsorted(middles, x, side="left")

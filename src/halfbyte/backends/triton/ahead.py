@@ -28,7 +28,7 @@ USUAL = ((4096, 4096), (14336, 4096), (4096, 14336))
 WORKERS = 8
 """Processes that compile at most: each takes some 400 MB of the GPU and a second to start."""
 
-BATCHES = (1, 8, 32, 64, 256, 2048)
+BATCHES = (1, 8, 32, 64, 128, 256, 2048)
 """One token, decoding of some sequences, and prompts."""
 
 EXPERT_TOKENS = (1, 8, 32, 128, 512)
