@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from halfbyte.autograd.function import direct_apply
+
 __all__ = ["low_rank_matmul_4bit"]
 
 
@@ -91,8 +93,7 @@ def _differentiable(
     return None if grad_x is None else grad_x + through, None, grad_down, grad_up
 
 
-# What Function.apply calls in the end, after a search for wrappers of torch.func.
-_apply: Any = super(torch.autograd.Function, _LowRankMatMul4Bit).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply = direct_apply(_LowRankMatMul4Bit)
 
 
 def low_rank_matmul_4bit(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.autograd.function import bias_gradient, direct_apply
 from halfbyte.backends import registry
 from halfbyte.errors import QuantStateMissingError
 from halfbyte.functional import dequantize_4bit, format_of, kernel_scales
@@ -39,7 +40,7 @@ class MatMul4Bit(torch.autograd.Function):
         (B,) = ctx.saved_tensors
         grad_A = grad_bias = None
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = bias_gradient(grad, ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
             grad_A = gradient_4bit(grad, B, ctx.quant_state)
         return grad_A, None, None, grad_bias, None
@@ -66,14 +67,13 @@ class _RepeatedMatMul4Bit(torch.autograd.Function):
         (grad,) = grads
         grad_A = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = bias_gradient(grad, ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
             grad_A = ctx.layer.input_gradient(grad, ctx.weight, ctx.quant_state)
         return grad_A, None, grad_bias, None, None
 
 
-# What Function.apply calls in the end: it looks for wrappers of torch.func first, for longer than all else here takes.
-_apply_repeated: Any = super(torch.autograd.Function, _RepeatedMatMul4Bit).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply_repeated = direct_apply(_RepeatedMatMul4Bit)
 
 
 def repeated_matmul_4bit(

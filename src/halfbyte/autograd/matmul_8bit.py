@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from halfbyte.autograd.function import bias_gradient, direct_apply
 from halfbyte.backends import registry
 from halfbyte.errors import QuantStateMissingError
 from halfbyte.functional import int8_vectorwise_dequant, int8_vectorwise_quant
@@ -99,7 +100,7 @@ class MatMul8bitLt(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_B = torch.matmul(grad.reshape(-1, grad.shape[-1]).t(), A.reshape(-1, A.shape[-1])).to(ctx.weight_dtype)
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = bias_gradient(grad, ctx.bias_dtype)
         return grad_A, grad_B, None, grad_bias, None
 
 
@@ -155,12 +156,11 @@ class _RepeatedMatMul(torch.autograd.Function):
         grad_A = _gradient(grad, CB, SCB) if ctx.needs_input_grad[0] else None
         grad_bias = None
         if ctx.needs_input_grad[3]:
-            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
+            grad_bias = bias_gradient(grad, ctx.bias_dtype)
         return grad_A, None, None, grad_bias, None, None
 
 
-# What Function.apply calls in the end: it looks for wrappers of torch.func first, for longer than all else here takes.
-_apply_repeated: Any = super(torch.autograd.Function, _RepeatedMatMul).apply  # pyright: ignore[reportAttributeAccessIssue]
+_apply_repeated = direct_apply(_RepeatedMatMul)
 
 
 def repeated_matmul(

@@ -210,9 +210,7 @@ def undisturbed(tensor: torch.Tensor) -> bool:
 
 def listened() -> bool:
     """Whether a mode, a transform or a tracer wants to hear of every op."""
-    return bool(
-        _dispatch_modes() or _function_modes() or _transforms() is not None or torch._C._get_tracing_state()  # pyright: ignore[reportPrivateUsage]
-    )
+    return bool(_dispatch_modes() or _function_modes() or transformed())
 
 
 def transformed() -> bool:

@@ -12,7 +12,7 @@ from halfbyte.errors import CheckpointError, QuantStateMissingError
 from halfbyte.nn.compute_dtype import compute_dtype_for
 from halfbyte.nn.holds_4bit import Holds4bit
 from halfbyte.nn.params import Params4bit
-from halfbyte.nn.repeated_4bit import Repeated
+from halfbyte.nn.repeated_4bit import Repeated4bit
 from halfbyte.quant_state import QuantState
 
 __all__ = ["Linear4bit", "LinearFP4", "LinearNF4", "fix_4bit_weight_quant_state_from_module"]
@@ -38,7 +38,7 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
     """
 
     bias: Any
-    _repeated: Repeated | None = None
+    _repeated: Repeated4bit | None = None
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Linear4bit(Holds4bit, torch.nn.Linear):
             bias = bias.to(dtype)
         result = matmul_4bit(x, self.weight, state, bias=bias)
         if not torch.compiler.is_compiling() and state is not None:
-            self.__dict__["_repeated"] = Repeated.after(self, x, self.weight, state, bias)
+            self.__dict__["_repeated"] = Repeated4bit.after(self, x, self.weight, state, bias)
         return result
 
     def input_gradient(self, grad: Tensor, weight: Tensor, state: QuantState) -> Tensor:

@@ -1,8 +1,4 @@
-"""The short way through a 4-bit layer: a product that was made before is repeated without looking everything up again.
-
-A decoding step of a large model on a GPU is bound by the host: what a layer does in Python before its kernel starts
-counts more than the kernel. Backends offer to repeat a call (``prepare``); here is checked that it still is that call.
-"""
+"""The short way through a 4-bit layer: when its weight and scales are still those of a call made before."""
 
 from __future__ import annotations
 
@@ -16,57 +12,36 @@ from torch import Tensor
 from halfbyte.autograd.matmul_4bit import repeated_matmul_4bit
 from halfbyte.backends import registry
 from halfbyte.functional import format_of, kernel_scales
+from halfbyte.nn.repeated import Calls, Repeated
 from halfbyte.quant_state import QuantState, changes
 
-__all__ = ["Repeated"]
+__all__ = ["Repeated4bit"]
 
 _DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass  # pyright: ignore[reportPrivateUsage]
 _is_grad_enabled = torch.is_grad_enabled
-SHAPES = 32
-"""Shapes of activations that a layer remembers."""
 
 
-_UNKNOWN: Any = object()
+class Repeated4bit(Repeated):
+    """Products of a 4-bit layer and their gradients to the input, by the activation's shape."""
 
-
-class Repeated:
-    """Products of one layer with one weight, by the activation's shape.
-
-    It keeps neither weight nor scales alive, and what is built from it by copying or pickling is None.
-    """
-
-    __slots__ = (
-        "_addresses", "_bias", "_calls", "_changes", "_compute_dtype", "_device", "_dtype", "_format", "_gradients",
-        "_state", "_weight",
-    )  # fmt: skip
+    __slots__ = ("_addresses", "_changes", "_compute_dtype", "_format", "_gradients", "_state")
 
     def __init__(self, layer: Any, weight: Tensor, state: QuantState, bias: Tensor | None, x: Tensor) -> None:
-        self._weight = weakref.ref(weight)
+        super().__init__(x, weight, bias)
         self._state = weakref.ref(state)
-        self._bias = None if bias is None else weakref.ref(bias)
-        self._addresses = _addresses(weight, state, bias)
+        self._addresses = _addresses(weight, state)
         self._format = _format(state)
         self._changes = changes()
         self._compute_dtype = layer.compute_dtype
-        self._dtype, self._device = x.dtype, x.device
-        self._calls: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
-        self._gradients: dict[torch.Size, Callable[[Tensor], Tensor | None] | None] = {}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(None), ()
+        self._gradients: Calls = {}
 
     def product(self, layer: Any, x: Tensor) -> Tensor | None:
-        """The layer's result, None where this is not, in every respect, a call that was made before.
-
-        One long function: in a large model every frame here is entered some hundred times for each token.
-        """
-        call = self._calls.get(x.shape)
-        if call is None or x.dtype is not self._dtype or x.device != self._device or type(x) is not Tensor:
+        """The layer's result, None where this is not, in every respect, a call that was made before."""
+        call = self._call(self._calls, x)
+        if call is None or layer.compute_dtype is not self._compute_dtype or registry.listened():
             return None
         parameters = layer._parameters
         weight, bias = parameters["weight"], parameters["bias"]
-        if not x.is_contiguous() or layer.compute_dtype is not self._compute_dtype or registry.listened():
-            return None
         if not self._has(bias) or not self._holds(weight):
             return None
         if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -75,18 +50,10 @@ class Repeated:
 
     def gradient(self, grad: Tensor, weight: Tensor) -> Tensor | None:
         """``grad @ weight``, None where this is not, in every respect, a call that was made before."""
-        call = self._gradients.get(grad.shape)
-        if call is None or grad.dtype is not self._dtype or grad.device != self._device or type(grad) is not Tensor:
-            return None
-        if not grad.is_contiguous() or registry.listened() or (_is_grad_enabled() and grad.requires_grad):
+        call = self._call(self._gradients, grad)
+        if call is None or registry.listened() or (_is_grad_enabled() and grad.requires_grad):
             return None
         return call(grad) if self._holds(weight) else None
-
-    def _has(self, bias: Tensor | None) -> bool:
-        """Whether the layer's bias is where it was."""
-        if bias is None or self._bias is None:
-            return bias is None and self._bias is None
-        return bias is self._bias() and bias.data_ptr() == self._addresses[1]
 
     def _holds(self, weight: Any) -> bool:
         """Whether the weight's tensors are where they were."""
@@ -95,7 +62,7 @@ class Repeated:
         state = getattr(weight, "quant_state", None)
         if state is None or state is not self._state():
             return False
-        packed, _, absmax, nested = self._addresses
+        packed, absmax, nested = self._addresses
         with _DisableTorchFunctionSubclass():  # the parameter's own __torch_function__ would answer every question
             if weight.data_ptr() != packed or state.absmax.data_ptr() != absmax:
                 return False
@@ -107,42 +74,30 @@ class Repeated:
             self._changes = changes()
         return True
 
-    def _refused(self, x: Tensor) -> bool:
-        """Whether the backend was asked about such an activation, and offered nothing."""
-        return self._calls.get(x.shape, _UNKNOWN) is None and x.dtype is self._dtype and x.device == self._device
-
     def learn(self, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> None:
         """Ask the backend for what repeats the product with ``x``, which was made by the ordinary way just now."""
         if x.shape not in self._calls:
-            _keep(self._calls, x.shape, _prepared("gemm_4bit", x, weight, state, bias))
+            self._keep(self._calls, x.shape, _prepared("gemm_4bit", x, weight, state, bias))
 
     def learn_gradient(self, grad: Tensor, weight: Tensor, state: QuantState) -> None:
         """Ask the backend for what repeats ``grad @ weight``, which was made by the ordinary way just now."""
-        fits = grad.dtype is self._dtype and grad.device == self._device and grad.is_contiguous()
-        fits = fits and not (_is_grad_enabled() and grad.requires_grad)
+        fits = self._fits(grad) and grad.is_contiguous() and not (_is_grad_enabled() and grad.requires_grad)
         if fits and grad.shape not in self._gradients and registry.undisturbed(grad) and self._holds(weight):
-            _keep(self._gradients, grad.shape, _prepared("gemm_4bit_dgrad", grad, weight, state))
+            self._keep(self._gradients, grad.shape, _prepared("gemm_4bit_dgrad", grad, weight, state))
 
     @staticmethod
-    def after(layer: Any, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Repeated | None:
+    def after(layer: Any, x: Tensor, weight: Tensor, state: QuantState, bias: Tensor | None) -> Repeated4bit | None:
         """What the layer keeps after the ordinary product with ``x``: as much as it had, if that still holds."""
-        own: Repeated | None = layer._repeated
+        own: Repeated4bit | None = layer._repeated
         if own is not None and own._refused(x):
             return own
         if bias is not layer._parameters["bias"] or not registry.undisturbed(x) or not x.is_contiguous():
             return own
-        same = own is not None and own._dtype is x.dtype and own._device == x.device
-        same = same and own._compute_dtype is layer.compute_dtype  # pyright: ignore[reportOptionalMemberAccess]
+        same = own is not None and own._fits(x) and own._compute_dtype is layer.compute_dtype
         if own is None or not same or not (own._has(bias) and own._holds(weight)):
-            own = Repeated(layer, weight, state, bias, x)
+            own = Repeated4bit(layer, weight, state, bias, x)
         own.learn(x, weight, state, bias)
         return own
-
-
-def _keep(calls: dict[torch.Size, Any], shape: torch.Size, call: Callable[[Tensor], Tensor | None] | None) -> None:
-    if len(calls) >= SHAPES:
-        calls.clear()
-    calls[shape] = call
 
 
 def _prepared(
@@ -159,15 +114,11 @@ def _prepared(
         return registry.prepare(op, x, weight, shape, scales[0], blocksize, kind, *bias, *scales[1:])
 
 
-def _addresses(
-    weight: Tensor, state: QuantState, bias: Tensor | None
-) -> tuple[int, int, int, tuple[int | None, ...] | None]:
+def _addresses(weight: Tensor, state: QuantState) -> tuple[int, int, tuple[int | None, ...] | None]:
     """Where everything lies that a kernel reads: nobody is told when a tensor's ``.data`` is set."""
     with _DisableTorchFunctionSubclass():
-        return (
-            weight.data_ptr(), 0 if bias is None else bias.data_ptr(), state.absmax.data_ptr(),
-            None if state.state2 is None else _nested_addresses(state),
-        )  # fmt: skip
+        nested = None if state.state2 is None else _nested_addresses(state)
+        return weight.data_ptr(), state.absmax.data_ptr(), nested
 
 
 def _nested_addresses(state: QuantState) -> tuple[int | None, ...]:
