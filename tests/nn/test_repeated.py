@@ -1,0 +1,158 @@
+"""The short way through a layer of 4 or 8 bits: taken when a call like it was made before, left otherwise."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.nn.repeated import SHAPES
+from tests.support.listening import Listener
+from tests.support.repeating import LAYERS, K, N, X, ordinary
+
+pytestmark = pytest.mark.usefixtures("no_grad")
+OPS = {"4 bits": "halfbyte.gemm_4bit.default", "8 bits": "halfbyte.int8_linear.default"}
+
+
+@pytest.fixture(params=LAYERS)
+def layer_of(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Makes a layer, of other values with another seed."""
+    return LAYERS[request.param]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_second_call_is_repeated(layer_of: Callable[..., Any], repeats: list[torch.Size], bias: bool) -> None:
+    layer = layer_of(bias=bias)
+    first = layer(X)
+    assert repeats == []
+    torch.testing.assert_close(layer(X), first, rtol=0, atol=0)
+    assert repeats == [X.shape]
+
+
+def test_every_shape_is_learned_by_itself(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
+    layer = layer_of()
+    shapes = [X, X[:1], X[None]]
+    for x in shapes:
+        layer(x)
+    assert repeats == []
+    for x in shapes:
+        assert layer(x).shape == (*x.shape[:-1], N)
+    assert repeats == [x.shape for x in shapes]
+
+
+def test_strided_activations_take_the_ordinary_way(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
+    layer = layer_of()
+    layer(X)
+    strided = X.t().contiguous().t()
+    torch.testing.assert_close(layer(strided), ordinary(layer, strided))
+    assert repeats == []
+
+
+def test_subclasses_of_tensor_take_the_ordinary_way(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
+    layer = layer_of()
+    expected = layer(X)
+    torch.testing.assert_close(layer(torch.nn.Parameter(X, requires_grad=False)), expected)
+    assert repeats == []
+
+
+def test_a_dtype_that_the_backend_does_not_repeat_leaves_others_alone(
+    layer_of: Callable[..., Any], repeats: list[torch.Size]
+) -> None:
+    layer = layer_of(bias=False)
+    layer.compute_dtype = None  # of 4 bits: the activations' own
+    layer(X.half()), layer(X.half())
+    assert repeats == []
+    layer(X), layer(X)
+    assert repeats == [X.shape]
+
+
+def replace_bias(layer: Any) -> None:
+    layer.bias = torch.nn.Parameter(torch.ones(N))
+
+
+def replace_bias_data(layer: Any) -> None:
+    layer.bias.data = torch.ones(N)
+
+
+def read_bias_in_another_dtype(layer: Any) -> None:
+    layer.bias = torch.nn.Parameter(layer.bias.data.view(torch.float16)[:N])  # at the same address
+
+
+def remove_bias(layer: Any) -> None:
+    layer.bias = None
+
+
+CHANGES = [replace_bias, replace_bias_data, read_bias_in_another_dtype, remove_bias]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_another_bias_is_added(
+    layer_of: Callable[..., Any], repeats: list[torch.Size], change: Callable[[Any], None]
+) -> None:
+    layer = layer_of()
+    layer.bias.data.fill_(3.0)
+    before = layer(X), layer(X)
+    change(layer)
+    now = layer(X)
+    torch.testing.assert_close(now, ordinary(layer, X), rtol=0, atol=0)
+    assert not torch.allclose(now, before[1])
+    assert len(repeats) == 1
+
+
+def test_a_bias_that_was_missing_is_added(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
+    layer = layer_of(bias=False)
+    without = layer(X), layer(X)
+    layer.bias = torch.nn.Parameter(torch.ones(N))
+    torch.testing.assert_close(layer(X), without[0] + 1)
+    assert len(repeats) == 1
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_listening_mode_hears_the_op(kind: str, repeats: list[torch.Size]) -> None:
+    layer = LAYERS[kind]()
+    layer(X)
+    with Listener() as listener:
+        layer(X)
+    assert OPS[kind] in listener.heard
+    assert repeats == []
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@pytest.mark.usefixtures("repeats")
+def test_copies_work_with_their_own_weight(layer_of: Callable[..., Any], copied: Callable[[Any], Any]) -> None:
+    layer = layer_of()
+    layer(X), layer(X)
+    twin = copied(layer)
+    torch.testing.assert_close(twin(X), layer(X), rtol=0, atol=0)
+    twin.weight = layer_of(1).weight
+    torch.testing.assert_close(twin(X), ordinary(twin, X), rtol=0, atol=0)
+    torch.testing.assert_close(layer(X), ordinary(layer, X), rtol=0, atol=0)
+
+
+def test_the_number_of_remembered_shapes_is_bounded(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
+    layer = layer_of()
+    for rows in range(1, 3 * SHAPES):
+        layer(torch.zeros(rows, K))
+    assert 0 < len(layer._repeated._calls) <= SHAPES
+    assert repeats == []
+
+
+@pytest.mark.usefixtures("repeats")
+def test_a_compiled_layer_is_one_graph_after_eager_calls(layer_of: Callable[..., Any]) -> None:
+    layer = layer_of()
+    layer(X), layer(X)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(X), layer(X), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("repeats")
+def test_functional_calls_compute_with_what_they_are_given(layer_of: Callable[..., Any]) -> None:
+    layer = layer_of()
+    layer(X), layer(X)
+    bias = torch.full((N,), 2.0)
+    changed = torch.func.functional_call(layer, {"bias": bias}, (X,))
+    torch.testing.assert_close(changed - bias, layer(X) - layer.bias)
