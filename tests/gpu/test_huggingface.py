@@ -208,9 +208,7 @@ def adapted(folder: Path) -> Any:
     return peft.get_peft_model(model, lora).train()
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param("fully_shard", marks=pytest.mark.skipif(**needs_bytes_sharded())), "FSDP", "DDP"]
-)
+@pytest.mark.parametrize("kind", [pytest.param("fully_shard", marks=needs_bytes_sharded), "FSDP", "DDP"])
 def test_one_sharded_process_computes_what_a_plain_one_does(
     kind: str, folder: Path, ids: Tensor, one_process: None
 ) -> None:

@@ -86,7 +86,7 @@ def test_two_processes_train_as_one(kind: str, folder: Path, alone: Any) -> None
     assert apart(found["adapter"], expected) < TOLERANCE.get(kind, 1e-4)
 
 
-@pytest.mark.skipif(**needs_bytes_sharded())
+@needs_bytes_sharded
 def test_fully_shard_splits_the_packed_bytes(folder: Path) -> None:
     model = qlora(folder / "model", "uint8")
     codes = sum(module.weight.numel() for module in model.modules() if isinstance(module, Linear4bit))
@@ -115,14 +115,14 @@ def resumed(folder: Path, kind: str) -> dict[str, Any]:
     return adapter(model)
 
 
-@pytest.mark.skipif(**needs_bytes_sharded())
+@needs_bytes_sharded
 @pytest.mark.parametrize("kind", ["full", "sharded"])
 def test_a_checkpoint_of_two_processes_resumes_on_one(kind: str, folder: Path) -> None:
     found = torch.load(folder / "found-fully_shard.pt")["adapter"]
     assert apart(resumed(folder, kind), found) < 1e-4
 
 
-@pytest.mark.skipif(**needs_bytes_sharded())
+@needs_bytes_sharded
 def test_the_full_checkpoint_is_the_whole_quantized_model(folder: Path) -> None:
     state, _ = torch.load(folder / "full.pt")
     expected = qlora(folder / "model", "uint8").state_dict()

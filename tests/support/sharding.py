@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from packaging.version import Version
 
@@ -10,7 +11,4 @@ __all__ = ["SHARDS_BYTES", "needs_bytes_sharded"]
 SHARDS_BYTES = Version(Version(torch.__version__).base_version) >= Version("2.13")
 """Whether ``fully_shard`` takes integer parameters. 2.8 and 2.11 refuse them (pytorch/pytorch#177844)."""
 
-
-def needs_bytes_sharded() -> dict[str, object]:
-    """Arguments of ``pytest.mark.skipif`` for what shards packed codes as bytes."""
-    return {"condition": not SHARDS_BYTES, "reason": "fully_shard takes bytes from torch 2.13 on"}
+needs_bytes_sharded = pytest.mark.skipif(not SHARDS_BYTES, reason="fully_shard takes bytes from torch 2.13 on")

@@ -114,15 +114,14 @@ def _extend_4bit(quantizer: Any) -> None:
     dequantize = quantizer._dequantize
 
     def get_quantize_ops(self: Any) -> Any:
-        from halfbyte.integrations.transformers_operations import Damaged, Quantize4bit
+        from halfbyte.integrations.transformers_operations import Quantize4bit
 
-        vars(self).setdefault("damaged", Damaged())
         return Quantize4bit(self)
 
     def get_load_operations(self: Any) -> dict[str, Any]:
-        from halfbyte.integrations.transformers_operations import Damaged, Deserialize4bit
+        del self
+        from halfbyte.integrations.transformers_operations import Deserialize4bit
 
-        vars(self).setdefault("damaged", Damaged())
         return {"deserialize": Deserialize4bit}
 
     def _dequantize(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -149,9 +148,8 @@ def _extend_4bit(quantizer: Any) -> None:
 
 def _with_readable_errors(conversions: Any) -> Any:
     def get_weight_conversions(self: Any) -> list[Any]:
-        from halfbyte.integrations.transformers_operations import Damaged, Deserialize4bit
+        from halfbyte.integrations.transformers_operations import Deserialize4bit
 
-        vars(self).setdefault("damaged", Damaged())
         found = list(conversions(self))
         for conversion in found:
             conversion.operations = [

@@ -100,12 +100,11 @@ def _with_experts(conversions: Any) -> Any:
     def get_weight_conversions(self: Any) -> list[Any]:
         from transformers.core_model_loading import WeightConverter
 
-        from halfbyte.integrations.transformers_operations import Damaged, DeserializeExperts
+        from halfbyte.integrations.transformers_operations import DeserializeExperts
 
         found = list(conversions(self))
         if not self.pre_quantized:
             return found
-        vars(self).setdefault("damaged", Damaged())
         # The layer's name and the parameter's: the parameter's alone may be that of a linear layer elsewhere.
         for name in sorted({".".join(name.split(".")[-2:]) for name in getattr(self, "expert_names", [])}):
             sources = [name + companion for companion in COMPANIONS]

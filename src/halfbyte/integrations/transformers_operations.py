@@ -40,7 +40,15 @@ class Damaged(dict[str, HalfbyteError]):
             raise CheckpointError(f"{name}: {error.message}{others}", expected=error.expected, hint=error.hint)
 
 
-class Quantize4bit(Bnb4bitQuantize):
+class _Noting:
+    """What our operations have in common: they note errors with the quantizer, which raises them in the end."""
+
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer
+        vars(hf_quantizer).setdefault("damaged", Damaged())  # copies of the quantizer share it
+
+
+class Quantize4bit(_Noting, Bnb4bitQuantize):
     """Quantizes a weight; keeps the error of one that cannot be for the end of the loading."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -53,7 +61,7 @@ class Quantize4bit(Bnb4bitQuantize):
             return {name: self.hf_quantizer.damaged.keep(error, name, weight)}
 
 
-class Deserialize4bit(Bnb4bitDeserialize):
+class Deserialize4bit(_Noting, Bnb4bitDeserialize):
     """Reads a packed weight; keeps the error of a damaged one for the end of the loading."""
 
     def convert(
@@ -72,11 +80,8 @@ class Deserialize4bit(Bnb4bitDeserialize):
             return {"weight": self.hf_quantizer.damaged.keep(error, name, weight)}
 
 
-class DeserializeExperts(ConversionOps):
+class DeserializeExperts(_Noting, ConversionOps):
     """Reads the packed weights of a layer's experts, or plain ones from a checkpoint that left them alone."""
-
-    def __init__(self, hf_quantizer: Any) -> None:
-        self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         del args
