@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -10,48 +9,21 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from triton.runtime.jit import JITFunction
 
 from halfbyte.backends.triton import int8, int8_plan
 from halfbyte.backends.triton.device import Gpu
-from halfbyte.backends.triton.int8_plan import Plan, RowPlan, make_plan
-from halfbyte.backends.triton.int8_step import Step
+from halfbyte.backends.triton.int8_plan import make_plan
 from halfbyte.errors import ArgumentError
+from tests.backends.triton.noting import Seen, compile_all, one_gpu
 
 N, K = 64, 256
-STREAM = 77
-Seen = list[tuple[str, Any, dict[str, Any]]]
-
-
-class _Compiled:
-    """Stands for a compiled kernel: notes what it is started with."""
-
-    def __init__(self, kernel: JITFunction[Any], seen: Seen) -> None:
-        self._kernel, self._seen = kernel, seen
-
-    def __call__(self, *given: Any) -> None:
-        *grid, stream, function, metadata, _, _, _ = given[:9]
-        assert (stream, function, metadata) == (STREAM, "function", "metadata")
-        arguments = inspect.signature(self._kernel.fn).bind(*given[9:]).arguments
-        self._seen.append((self._kernel.__name__, tuple(grid), dict(arguments)))
-
-
-def compile_all(plan: Plan | RowPlan, seen: Seen) -> None:
-    for name in plan.__slots__:
-        step = getattr(plan, name)
-        if isinstance(step, Step):
-            launcher = step._launcher
-            launcher._run = _Compiled(launcher._kernel, seen)
-            launcher._function, launcher._metadata = "function", "metadata"
 
 
 @pytest.fixture(autouse=True)
-def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    one_gpu(monkeypatch)
     monkeypatch.setattr(int8_plan, "gpu_of", lambda index: Gpu("sm_90", 132, 50 << 20, gluon=True))  # noqa: ARG005
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM, raising=False)  # noqa: ARG005
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(int8_plan, "GATHERED_WORK", 512 * N * K)
-    monkeypatch.setattr("halfbyte.backends.triton.launch._version", (3, 9))
 
 
 @pytest.mark.parametrize("bias", [False, True])

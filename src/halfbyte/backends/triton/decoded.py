@@ -11,8 +11,8 @@ import triton
 from torch import Tensor
 
 from halfbyte.backends.triton.dequantize import Nested
-from halfbyte.backends.triton.kernels.gemm_portable import _sum_partial_kernel
 from halfbyte.backends.triton.launch import ALIGNMENT, Launcher, allocation, on_its_device, raw_stream
+from halfbyte.backends.triton.partial_sum import PartialSum
 from halfbyte.backends.triton.tuning import STEP, Tile
 from halfbyte.formats.codebook import codebook
 
@@ -53,15 +53,10 @@ def registers(tile: Tile) -> int:
 
 
 class DecodedPlan:
-    """All that such a product needs and that does not change from call to call.
-
-    Attributes:
-        split: Partial products that a second kernel sums.
-    """
+    """All that such a product needs and that does not change from call to call."""
 
     __slots__ = (
-        "_block", "_descriptor", "_grid", "_launcher", "_layout", "_numbers", "_sum", "_words", "m", "split", "terms",
-        "width",
+        "_block", "_descriptor", "_grid", "_launcher", "_layout", "_numbers", "_sizes", "_sum", "_words",
     )  # fmt: skip
 
     def __init__(
@@ -81,24 +76,24 @@ class DecodedPlan:
         if found is None:
             raise RuntimeError(f"Triton {triton.__version__} has no Gluon that halfbyte knows")
         kernel, self._descriptor, self._layout, lines_64, lines_128 = found
-        self.terms, self.width = (n, k) if across else (k, n)
-        steps, group = -(-self.terms // STEP), tile.unroll
+        terms, width = (n, k) if across else (k, n)
+        steps, group = -(-terms // STEP), tile.unroll
         per_slice = -(-steps // (tile.split * group))
-        self.m, self.split = m, -(-steps // (per_slice * group))
+        split = -(-steps // (per_slice * group))
+        self._sizes = [m, terms]
         levels = tuple(float(level) for level in codebook(quant_type).table)
         self._numbers = (*levels, m, n, k, k // blocksize, steps, per_slice)
-        self._grid = (-(-self.width // tile.rows), self.split, -(-m // tile.batch))
+        self._grid = (-(-width // tile.rows), split, -(-m // tile.batch))
         self._block = [tile.batch, STEP]
         box = [STEP * group, 16] if across else [tile.rows, 8 * group]
         self._words = ([n, k // 8], [k // 8, 1], box, lines_64 if box[1] == 16 else lines_128)
         whole = not across and blocksize == STEP and steps % group == 0
         constants = (
-            tile.batch, blocksize, across, self.split > 1, nested, bias and self.split == 1, whole,
-            self.width % 8 == 0, tile.n_warps, registers(tile), tile.stages, group, tile.producers,
+            tile.batch, blocksize, across, split > 1, nested, bias and split == 1, whole,
+            width % 8 == 0, tile.n_warps, registers(tile), tile.stages, group, tile.producers,
         )  # fmt: skip
         self._launcher = Launcher(kernel, constants, num_warps=tile.n_warps, enable_fp_fusion=False)
-        sum_constants = (self.split, 1024, bias)
-        self._sum = Launcher(_sum_partial_kernel, sum_constants, num_warps=4) if self.split > 1 else None
+        self._sum = PartialSum((split, m, width), bias=bias) if split > 1 else None
 
     def run(
         self, x: Tensor, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, out: Tensor, index: int
@@ -107,7 +102,7 @@ class DecodedPlan:
         current."""
         partial = out
         if self._sum is not None:
-            partial = torch.empty((self.split, self.m, self.width), dtype=torch.float32, device=out.device)
+            partial = torch.empty(self._sum.shape, dtype=torch.float32, device=out.device)
         m, terms = x.shape
         stride = terms if m == 1 else x.stride(0)
         if stride < terms:  # rows that overlap, as of an expanded one
@@ -132,24 +127,23 @@ class DecodedPlan:
         else:
             self._launcher.ordinary(self._grid, words, rows, absmax, *nested, bias, partial, *self._numbers)
         if self._sum is not None:
-            sum_partial(self._sum, partial, bias, out, index)
+            self._sum.run(partial, bias, out, index)
 
     def repeated(
         self, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, shape: tuple[int, ...], index: int
     ) -> Callable[[Tensor], Tensor | None] | None:
         """``run`` with these tensors as they lie, for other contiguous activations; None where nothing ran yet."""
-        launch, summed = self._launcher.bound(self._grid, index, (), self._numbers), None
-        if self._sum is not None:
-            numel = self.m * self.width
-            summed = self._sum.bound((-(-numel // 1024), 1, 1), index, (), (numel, self.width))
+        launch = self._launcher.bound(self._grid, index, (), self._numbers)
+        summed = None if self._sum is None else self._sum.bound(index)
         if launch is None or (summed is None and self._sum is not None):
             return None
         added = None if bias is None else bias.data_ptr()
         scales = [None if tensor is None else tensor.data_ptr() for tensor in (absmax, *nested)]
-        empty, partial = allocation(shape), allocation((self.split, self.m, self.width), torch.float32)
+        empty = allocation(shape)
+        partial = empty if self._sum is None else allocation(self._sum.shape, torch.float32)
         words = self._descriptor(packed.view(-1).view(torch.int32), *self._words)
         words.base = _Place(packed.data_ptr())  # the weight itself is not to be kept alive
-        kind, sizes = self._descriptor, [self.m, self.terms]
+        kind, sizes = self._descriptor, self._sizes
         settings: dict[str, Any] | None = None
 
         def call(x: Tensor) -> Tensor | None:
@@ -182,14 +176,3 @@ class _Place:
 
     def data_ptr(self) -> int:
         return self._address
-
-
-def sum_partial(launcher: Launcher, partial: Tensor, bias: Tensor | None, out: Tensor, index: int) -> None:
-    """``out = partial.sum(0) + bias`` by the launcher of the summing kernel."""
-    numel, width = partial[0].numel(), partial.shape[2]
-    grid = (-(-numel // 1024), 1, 1)
-    if launcher.compiled():
-        address = None if bias is None else bias.data_ptr()
-        launcher.direct(grid, raw_stream(index), partial.data_ptr(), address, out.data_ptr(), numel, width)
-    else:
-        launcher.ordinary(grid, partial, bias, out, numel, width)

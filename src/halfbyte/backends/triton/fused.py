@@ -12,10 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from halfbyte.backends.triton.decoded import sum_partial
 from halfbyte.backends.triton.dequantize import Nested
-from halfbyte.backends.triton.kernels.gemm_portable import _sum_partial_kernel
 from halfbyte.backends.triton.launch import Launcher, allocation, on_its_device, raw_stream
+from halfbyte.backends.triton.partial_sum import PartialSum
 from halfbyte.backends.triton.tuning import Tile
 
 __all__ = ["FusedPlan", "fused_kernels"]
@@ -66,13 +65,9 @@ def _constants(
 
 
 class FusedPlan:
-    """All that a fused product needs and that does not change from call to call: tile, grid, numbers, kernel.
+    """All that a fused product needs and that does not change from call to call: tile, grid, numbers, kernel."""
 
-    Attributes:
-        split: Partial products that a second kernel sums.
-    """
-
-    __slots__ = ("_grid", "_launcher", "_numbers", "_pairs", "_sum", "m", "n", "split")
+    __slots__ = ("_grid", "_launcher", "_numbers", "_pairs", "_sum")
 
     def __init__(
         self,
@@ -88,7 +83,6 @@ class FusedPlan:
         nested: bool,
         bias: bool,
     ) -> None:
-        self.m, self.n, self.split = m, n, tile.split
         aligned = k % blocksize == 0
         pair = 2 if k % 64 == 0 and blocksize >= 64 else 1
         groups = k // (32 * pair)
@@ -108,8 +102,7 @@ class FusedPlan:
         constants = _constants(tile, pair, chain, per_block, even, aligned, nested, bias and tile.split == 1, turns)
         kernel = fused_kernels()[tile.kind]
         self._launcher = Launcher(kernel, constants, num_warps=warps, enable_fp_fusion=True)
-        sum_constants = (tile.split, 1024, bias)
-        self._sum = Launcher(_sum_partial_kernel, sum_constants, num_warps=4) if tile.split > 1 else None
+        self._sum = PartialSum((tile.split, m, n), bias=bias) if tile.split > 1 else None
 
     def run(
         self, x: Tensor, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, out: Tensor, index: int
@@ -117,7 +110,7 @@ class FusedPlan:
         """``out = x @ weight.T + bias`` on the current stream of device ``index``, which is current."""
         partial = out
         if self._sum is not None:
-            partial = torch.empty((self.split, self.m, self.n), dtype=torch.float32, device=out.device)
+            partial = torch.empty(self._sum.shape, dtype=torch.float32, device=out.device)
         if self._launcher.compiled():
             a, b, c = nested
             self._launcher.direct(
@@ -137,7 +130,7 @@ class FusedPlan:
         else:
             self._launcher.ordinary(self._grid, packed, x, absmax, *nested, bias, partial, self._pairs, *self._numbers)
         if self._sum is not None:
-            sum_partial(self._sum, partial, bias, out, index)
+            self._sum.run(partial, bias, out, index)
 
     def repeated(
         self, packed: Tensor, absmax: Tensor, nested: Nested, bias: Tensor | None, shape: tuple[int, ...], index: int
@@ -148,9 +141,8 @@ class FusedPlan:
         if total is None:
             whole = self._launcher.repeated(self._grid, index, shape, *first)
             return None if whole is None else on_its_device(whole, index)
-        parts = self._launcher.repeated(self._grid, index, (self.split, self.m, self.n), *first, torch.float32)
-        numel = self.m * self.n
-        summed = total.bound((-(-numel // 1024), 1, 1), index, numbers=(numel, self.n))
+        parts = self._launcher.repeated(self._grid, index, total.shape, *first, torch.float32)
+        summed = total.bound(index)
         if parts is None or summed is None:
             return None
         address = None if bias is None else bias.data_ptr()
