@@ -62,25 +62,31 @@ def dequantize_into(
     slice_cols = out.numel() // rows
     lanes, tiles = tiling(slice_cols) if rows > 1 else (LANES, TILES)
     row_tiles = -(-slice_cols // (8 * lanes * tiles))
-    absmax_8bit, absmax_code, absmax_offset = nested
-    nothing_to_nest = absmax_8bit is None
-    tensors = (packed, absmax, absmax_8bit, absmax_code, absmax_offset, levels, out)
+    tensors = (packed, absmax, *nested, levels, out)
     addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in tensors)
     aligned = tuple(address is None or address % ALIGNMENT == 0 for address in addresses)
     numbers = (cols, first, slice_cols, row_tiles, end)
     index, grid = out.device.index, (rows * row_tiles, 1, 1)
-    key = (numbers, blocksize, packed.dtype, absmax.dtype, out.dtype, nothing_to_nest, index, aligned)
+    key = _key(numbers, blocksize, packed.dtype, absmax, out.dtype, nested, index, aligned)
     launcher = _launchers.get(key)
     with on_device(index):
         if launcher is not None and launcher.compiled():
             launcher.direct(grid, raw_stream(index), *addresses, *numbers)
             return
-        constants = (blocksize, lanes, tiles, not nothing_to_nest)
+        constants = (blocksize, lanes, tiles, nested[0] is not None)
         launcher = Launcher(_dequantize_4bit_kernel, constants, num_warps=lanes // 32, enable_fp_fusion=False)
         launcher.ordinary(grid, *tensors, *numbers)
     if len(_launchers) >= MOST_LAUNCHERS:
         _launchers.clear()
     _launchers[key] = launcher
+
+
+def _key(
+    numbers: tuple[int, ...], blocksize: int, storage: torch.dtype, absmax: Tensor, dtype: torch.dtype, nested: Nested,
+    index: int, aligned: tuple[bool, ...],
+) -> tuple[object, ...]:  # fmt: skip
+    """Of :data:`_launchers`: sizes, dtypes of the packed codes and of the result, which of the tensors are aligned."""
+    return (numbers, blocksize, storage, absmax.dtype, dtype, nested[0] is None, index, aligned)
 
 
 def whole_filling(
@@ -99,10 +105,7 @@ def whole_filling(
     """
     index, row_tiles = packed.device.index, -(-numel // SPAN)
     numbers = (numel, 0, numel, row_tiles, numel)
-    plain = nested[0] is None
-    aligned = (True,) * 7
-    key = (numbers, blocksize, torch.uint8, absmax.dtype, dtype, plain, index, aligned)
-    launcher = _launchers.get(key)
+    launcher = _launchers.get(_key(numbers, blocksize, torch.uint8, absmax, dtype, nested, index, (True,) * 7))
     if launcher is None:
         return None
     tensors = (packed, absmax, *nested, pairs_of(quant_type, index))

@@ -223,6 +223,12 @@ def make_backward_plan(
     return DecodedPlan(m, n, k, blocksize, quant_type, tile, across=True, nested=nested, bias=False)
 
 
+def _backward_key(
+    grad: Tensor, m: int, n: int, k: int, blocksize: int, quant_type: str, absmax_8bit: Tensor | None
+) -> tuple[Any, ...]:
+    return (m, n, k, blocksize, quant_type, grad.dtype, grad.device.index, absmax_8bit is None)
+
+
 def _prepare_dgrad(
     grad: Tensor,
     B: Tensor,
@@ -239,7 +245,7 @@ def _prepare_dgrad(
     if not grad.numel() or not k or n % 8:
         return None
     nested = (absmax_8bit, absmax_code, absmax_offset)
-    key = (grad.numel() // n, n, k, blocksize, quant_type, grad.dtype, grad.device.index, absmax_8bit is None)
+    key = _backward_key(grad, grad.numel() // n, n, k, blocksize, quant_type, absmax_8bit)
     plan = _backward_plans.get(key, _UNPLANNED)
     if plan is _UNPLANNED or not _in_place(B, absmax, nested):
         return None
@@ -273,7 +279,7 @@ def gemm_4bit_dgrad(
         rows = rows.clone(memory_format=torch.contiguous_format)
     index = grad.device.index
     m = rows.shape[0]
-    key = (m, n, k, blocksize, quant_type, grad.dtype, index, absmax_8bit is None)
+    key = _backward_key(grad, m, n, k, blocksize, quant_type, absmax_8bit)
     if key in _backward_plans:
         plan = _backward_plans[key]
     else:
