@@ -28,11 +28,9 @@ TILE_KEYS = {"kind", "batch", "rows", "unroll", "k_warps", "n_warps", "split", "
 @pytest.mark.parametrize("name", FILES)
 def test_a_tuning_file_has_the_schemas_keys_and_its_own_architecture(name: str) -> None:
     document: dict[str, Any] = json.loads((FOLDER / name).read_text(encoding="utf-8"))
-    assert set(document) == {
-        "arch", "device", "measured", "tiles", "fused", "backward", "fused_backward"
-    }  # fmt: skip
+    assert set(document) == {"arch", "device", "measured", "tiles", "fused", "fused_backward"}
     assert f"{document['arch']}.json" == name
-    for entry in document["tiles"] + document["backward"]:
+    for entry in document["tiles"]:
         assert set(entry) == {"batch", "n", "k", "tile"}
         assert set(entry["tile"]) - {"producers"} == TILE_KEYS
         assert entry["batch"] in tuning.FUSED_BATCHES
@@ -45,7 +43,7 @@ def test_a_tuning_file_has_the_schemas_keys_and_its_own_architecture(name: str) 
 def test_the_tiles_of_a_file_fit_the_multiprocessors_shared_memory(name: str) -> None:
     table = tuning.read(name.removesuffix(".json"))
     assert table is not None
-    for entry in table.entries + table.backward:
+    for entry in table.entries:
         decoding = (32 << 10) * (entry.tile.table and entry.tile.kind != "decoded")
         assert entry.tile.shared_bytes() + decoding <= 227 << 10, entry
 

@@ -119,14 +119,12 @@ class Table:
     Attributes:
         entries: Of products with the weight's transpose, the forward.
         fused: (n, k, batch) of the forward.
-        backward: As ``entries``, of the gradient's product with the weight.
-        fused_backward: As ``fused``, of that one.
+        fused_backward: As ``fused``, of the gradient's product with the weight.
     """
 
     device: str
     entries: tuple[Entry, ...]
     fused: tuple[tuple[int, int, int], ...]
-    backward: tuple[Entry, ...] = ()
     fused_backward: tuple[tuple[int, int, int], ...] = ()
 
 
@@ -144,7 +142,6 @@ def _parse(text: str) -> Table:
         str(document["device"]),
         _entries(document["tiles"]),
         _limits(document["fused"]),
-        _entries(document.get("backward", [])),
         _limits(document.get("fused_backward", [])),
     )
 
@@ -185,7 +182,6 @@ def read(arch: str) -> Table | None:
         own.device,
         own.entries + ours.entries,
         own.fused + ours.fused,
-        own.backward + ours.backward,
         own.fused_backward + ours.fused_backward,
     )
 
