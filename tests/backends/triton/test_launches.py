@@ -139,13 +139,14 @@ def test_what_warmup_launches_fits_its_kernels(
     expected = slices if dtype == torch.float32 else {*routes, "_sum_partial_kernel"}
     expected |= {"_quantize_4bit_kernel", "_cells_8bit_kernel", "_quantize_blockwise_kernel"}
     assert {name for name, _ in launches} == expected
+    decoded = {64, 128, 256, 257} if dtype == torch.bfloat16 else set()  # each a kernel of its own, 257 whole ones
+    assert {given["M"] for given in named(launches, "_gemm_4bit_decoded_kernel")} == decoded
     for name, given in launches:
         if name.startswith("_gemm_4bit"):
             assert given["N"] == 4096
             assert given["NESTED"] == (given["absmax_8bit"] is not None)
             assert given["BIAS"] is False
         if name == "_gemm_4bit_decoded_kernel":
-            assert given["M"] in (64, 128, 256, 257)
             assert (given["K"], given["BLOCK"], given["row_blocks"]) == (4096, 64, 64)
 
 
@@ -193,8 +194,8 @@ def test_the_backwards_launches_fit_their_kernels(m: int, nested: bool, launches
 
 
 @pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("rows", [4, 64])
-def test_the_experts_launches_fit_their_kernels(rows: int, nested: bool, launches: Launches) -> None:
+@pytest.mark.parametrize(("rows", "halves"), [(4, False), (64, True)])
+def test_the_experts_launches_fit_their_kernels(rows: int, halves: bool, nested: bool, launches: Launches) -> None:
     count, n, k = 8, 256, 2048
     experts = torch.arange(rows) % count
     order, ends = grouped.group_rows(experts, count)
@@ -204,6 +205,7 @@ def test_the_experts_launches_fit_their_kernels(rows: int, nested: bool, launche
     assert (sorting["S"], sorting["E"]) == (rows, count)
     tile = tile_for(device.gpu_of(0), rows, count, k)
     assert (given["BN"], given["BM"], given["U"], given["AHEAD"]) == (tile.rows, tile.batch, tile.unroll, tile.ahead)
+    assert tile.halves == given["HALVES"] == halves
     assert (given["KW"], given["NW"], given["NESTED"], given["BIAS"]) == (tile.k_warps, tile.n_warps, nested, True)
     assert (given["S"], given["E"], given["repeat"], given["N"]) == (rows, count, 2, n)
     assert given["EP"] >= count + 1
