@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 import torch
 from torch import Tensor
 
-from halfbyte.backends.triton import dequantize, slices
+from halfbyte.backends.triton import dequantize, gemm, slices
 from halfbyte.backends.triton.decoded import DecodedPlan
 from halfbyte.backends.triton.device import words_of
 from halfbyte.backends.triton.fused import FusedPlan
@@ -125,3 +125,36 @@ def test_a_repeated_product_of_many_rows_dequantizes_as_the_ordinary_one(
     assert (again, same) == (name, grid)
     del mine["out"], theirs["out"]
     assert mine == theirs
+
+
+def with_gaps(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    return torch.cat([tensor[:1], tensor])[1:]
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 4])
+def test_tensors_that_ordinary_calls_copy_first_are_not_repeated(
+    place: int, across: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(TILES["decoded"], 8, across=across, nested=True)
+    compile_all(plan, [])
+    x, packed = torch.zeros(8, N if across else K, dtype=DTYPE), torch.zeros(N * K // 2, dtype=torch.uint8)
+    forward = gemm._key(x, packed, 8, N, K, K, 64, "nf4", True, False)
+    absmax, rest = scales(nested=True)
+    monkeypatch.setattr(gemm, "_plans", {forward: plan})
+    monkeypatch.setattr(gemm, "_backward_plans", {gemm._backward_key(x, 8, N, K, 64, "nf4", rest[0]): plan})
+
+    def prepared(*tensors: Any) -> Any:
+        first, *scales = tensors
+        if across:
+            return gemm._prepare_dgrad(x, first, (N, K), scales[0], 64, "nf4", *scales[1:])
+        return gemm._prepare(x, first, (N, K), scales[0], 64, "nf4", None, *scales[1:])
+
+    good = [packed, absmax, *rest]
+    assert prepared(*good) is not None
+    for change in (with_gaps, misaligned) if place < 4 else (Tensor.half,):
+        assert prepared(*good[:place], change(good[place]), *good[place + 1 :]) is None
