@@ -40,19 +40,24 @@ BANDWIDTH = 3.0e6
 ops = torch.ops.halfbyte
 
 
-def graph_time(calls: list[Callable[[], Any]], repeats: int = 7) -> float:
-    """Median microseconds of one of ``calls``, all captured into one graph."""
+def captured(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """A graph of all calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    return graph
+
+
+def graph_time(calls: list[Callable[[], Any]], repeats: int = 7) -> float:
+    """Median microseconds of one of ``calls``, all captured into one graph."""
+    graph = captured(calls)
     graph.replay()
     torch.cuda.synchronize()
     taken: list[float] = []

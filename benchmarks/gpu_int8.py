@@ -34,6 +34,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import copies_for, write_csv
+from benchmarks.gpu_4bit import captured
 from halfbyte.nn import Linear8bitLt
 
 SHAPES = [(4096, 4096), (14336, 4096)]
@@ -108,21 +109,6 @@ def ways(made: dict[str, list[Any]], weight: Tensor, x: Tensor) -> dict[str, Cal
         if not error < 0.02:
             raise SystemExit(f"{who} is off by {error:.2%}: not timed")
     return found
-
-
-def captured(calls: Calls) -> torch.cuda.CUDAGraph:
-    """A graph of all calls."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
 
 
 def _graph(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
@@ -212,8 +198,10 @@ def traces() -> Iterator[list[dict[str, Any]]]:
     n, k = SHAPES[0]
     weight = weight_of(n, k)
     for who, kind in (("halfbyte", Linear8bitLt), ("bitsandbytes", _peer())):
-        (layer,) = quantized(kind, weight, 1) if kind is not None else (None,)
-        for batch in (BATCHES if who == "halfbyte" else BATCHES[::3]) if kind is not None else ():
+        if kind is None:
+            continue
+        (layer,) = quantized(kind, weight, 1)
+        for batch in BATCHES if who == "halfbyte" else BATCHES[::3]:
             for outliers in (False, True):
                 x = activation(batch, k, outliers)
                 x = x.bfloat16() if who == "halfbyte" else x.half()
