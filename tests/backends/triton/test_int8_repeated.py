@@ -14,7 +14,7 @@ from halfbyte.backends.triton import int8, int8_plan
 from halfbyte.backends.triton.device import Gpu
 from halfbyte.backends.triton.int8_plan import make_plan
 from halfbyte.errors import ArgumentError
-from tests.backends.triton.noting import Seen, compile_all, one_gpu
+from tests.backends.triton.noting import Seen, compile_all, compile_on_launch, one_gpu
 
 N, K = 64, 256
 
@@ -80,3 +80,16 @@ def test_tensors_on_another_device_reach_no_kernel(away: str) -> None:
     tensors[away] = tensors[away].to("meta")
     with pytest.raises(ArgumentError, match=r"8-bit layer is on meta(.*\n)*.*layer\.to\(device\)"):
         int8.int8_linear(torch.zeros(2, K), threshold=6.0, **tensors)
+
+
+def test_a_second_gradient_starts_the_compiled_kernel_on_the_same_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = compile_on_launch(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(int8, "_dequantizers", {})
+    codes, scales = torch.zeros(N, K, dtype=torch.int8), torch.zeros(N)
+    for _ in range(2):  # the first compiles
+        assert int8.int8_linear_dgrad(torch.zeros(2, 3, N), codes, scales).shape == (2, 3, K)
+    ((name, grid, given),) = seen
+    assert (name, grid) == ("_int8_dequantize_kernel", (-(-N // given["BR"]), -(-K // given["BC"]), 1))
+    assert (given["weight"], given["absmax"]) == (codes.data_ptr(), scales.data_ptr())
+    assert [given[name] for name in ("N", "K", "first", "columns")] == [N, K, 0, K]
