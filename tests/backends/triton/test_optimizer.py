@@ -169,7 +169,9 @@ def test_tables_of_gradients_that_move_are_let_go_and_those_that_stay_are_kept()
     first = weakref.ref(plan(at(1), sizes, VALUES, device)[0].table)
     owners = plan(at(1), sizes, VALUES, device)[0].owners
     assert plan(at(1), sizes, VALUES, device)[0].table is first()
+    used = plan(at(0), sizes, VALUES, device)
     for place in range(2, 20):
+        assert plan(at(0), sizes, VALUES, device) is used
         (launch,) = plan(at(place), sizes, VALUES, device)
         assert launch.owners is owners
     assert first() is None

@@ -148,8 +148,11 @@ def plan(addresses: bytes, sizes: tuple[int, ...], each: int, device: torch.devi
     """
     key = (addresses, sizes, each, device)
     with _lock:  # steps inside the backward pass come from its threads
-        found = _plans.pop(key, None) or _planned(addresses, sizes, each, device)
-        _plans[key] = found
+        found = _plans.get(key)
+        if found is not None:
+            _plans.move_to_end(key)
+            return found
+        found = _plans[key] = _planned(addresses, sizes, each, device)
         rows = sum(len(other[1]) for other in _plans)
         while rows > MOST_ROWS and len(_plans) > 1:
             rows -= len(_plans.popitem(last=False)[0][1])
