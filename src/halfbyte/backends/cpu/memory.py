@@ -42,7 +42,8 @@ def maker(shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
     """What makes such tensors, kept: a small product takes little longer than working out how."""
     if math.prod(shape) * dtype.itemsize >= LARGE:
         return functools.partial(_large, shape, dtype)
-    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    # An empty dimension counts as one, as in torch.
+    strides = tuple(math.prod(max(size, 1) for size in shape[i + 1 :]) for i in range(len(shape)))
     return functools.partial(torch.empty_strided, shape, strides, dtype=dtype)
 
 
