@@ -189,7 +189,7 @@ class Optimizer8bit(torch.optim.Optimizer, metaclass=NamedType):
                 serialization.place(state, p, self.is_paged)
 
     def prefetch_state(self, p: Tensor) -> None:
-        """Kept for subclasses that call it: paged states are fetched piece by piece while others are stepped."""
+        """Kept for subclasses that call it: a step reads paged states where they are."""
 
     def init_state(self, group: dict[str, Any], p: Tensor, gindex: int, pindex: int) -> None:
         """Zero states for ``p``, in 8 bits where the settings say so and the whole parameter is large enough.
