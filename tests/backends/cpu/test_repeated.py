@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from halfbyte.backends import registry
+from halfbyte.backends.cpu import fused, tiled, workspace
 from halfbyte.backends.cpu import matmul as cpu
-from halfbyte.backends.cpu import tiled, workspace
 from halfbyte.backends.cpu.kernels.levels import Level
 from halfbyte.backends.reference import four_bit as reference
 from halfbyte.nn import Linear4bit
@@ -32,6 +33,18 @@ def arguments(blocksize: int = 64, double: bool = False, biased: torch.dtype | N
 def repeated(x: Tensor, *weight: object) -> Callable[[Tensor], Tensor] | None:
     torch.ops.halfbyte.gemm_4bit(x, *weight)
     return registry.prepare("gemm_4bit", x, *weight)
+
+
+def recorded_sizes(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[int]:
+    """Bytes that a module's products ask for from now on."""
+    sizes: list[int] = []
+
+    def scratch(nbytes: int) -> int:
+        sizes.append(nbytes)
+        return workspace.scratch(nbytes)
+
+    monkeypatch.setattr(module, "scratch", scratch)
+    return sizes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,17 +81,30 @@ def test_tiles_are_repeated_on_more_threads_than_they_were_prepared_for(
     use_threads(1)
     call = repeated(x, *weight)
     assert call is not None
-    sizes: list[int] = []
-
-    def scratch(nbytes: int) -> int:
-        sizes.append(nbytes)
-        return workspace.scratch(nbytes)
-
-    monkeypatch.setattr(tiled, "scratch", scratch)
+    sizes = recorded_sizes(monkeypatch, tiled)
     use_threads(4)
     assert torch.equal(call(x), cpu.gemm_4bit(x, *weight))
     repeated_size, ordinary_size = sizes
     assert repeated_size == ordinary_size
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_rows_have_memory_for_each_thread_of_the_call(
+    emulated: Callable[[str], None],  # noqa: F811
+    use_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+) -> None:
+    """Each puts the activations into order for itself, also where a product was prepared for fewer threads."""
+    emulated("amx")
+    weight, x = arguments(), torch.randn(batch, COLUMNS).bfloat16()
+    use_threads(1)
+    call, sizes = repeated(x, *weight), recorded_sizes(monkeypatch, fused)
+    assert call is not None
+    alone = call(x)
+    use_threads(4)
+    assert torch.equal(call(x), alone)
+    assert sizes == [batch * COLUMNS * 4, 4 * batch * COLUMNS * 4]
 
 
 def test_what_would_need_a_copy_is_not_repeated() -> None:
