@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 import torch.utils.checkpoint
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -113,6 +114,29 @@ def test_dropout_is_off_in_evaluation(steps: list[torch.Size]) -> None:
     assert steps == [X.shape]
 
 
+def test_dropout_that_is_off_is_not_called(steps: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda *call: heard.append(call))
+    lora(lora_dropout=0.5).eval()(X)
+    assert (steps, heard) == ([X.shape], [])
+
+
+def test_dropout_that_was_left_on_drops_in_evaluation(steps: list[torch.Size]) -> None:
+    layer = lora(lora_dropout=0.5).eval()
+    layer.lora_dropout.train()
+    found, expected = (results(call, layer, X) for call in (type(layer).forward, ordinary))
+    close(found, expected)
+    assert steps == [X.shape]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_hooks_of_the_dropout_are_called(steps: list[torch.Size], dropout: float) -> None:
+    layer = lora(lora_dropout=dropout).eval()
+    layer.lora_dropout["default"].register_forward_hook(lambda module, args, out: out * 2)  # noqa: ARG005
+    torch.testing.assert_close(layer(X), ordinary(layer, X), rtol=1e-5, atol=1e-5)
+    assert steps == [X.shape]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_under_autocast_an_fp32_adapter_computes_in_bf16_as_in_peft(
     steps: list[torch.Size], dtype: torch.dtype
@@ -198,7 +222,60 @@ def fp16_product(layer: Any) -> None:
     layer.base_layer.compute_dtype = torch.bfloat16
 
 
-CHANGES = [two_adapters, hooked, wrapped_forward, disabled, merged, another_dtype, trained_bias, fp16_product]
+def adapter_of_other_layers(layer: Any) -> None:
+    layer.set_adapter("elsewhere")
+
+
+def second_factor_hooked(layer: Any) -> None:
+    layer.lora_B["default"].register_forward_hook(lambda module, args, out: out * 2)  # noqa: ARG005
+
+
+def hooked_before(layer: Any) -> None:
+    layer.lora_A["default"].register_forward_pre_hook(lambda module, args: (args[0] * 2,))  # noqa: ARG005
+
+
+def shifted(layer: Linear4bit, x: Tensor) -> Tensor:
+    return Linear4bit.forward(layer, x) + 1
+
+
+def subclass_of_the_base(layer: Any) -> None:
+    layer.base_layer.__class__ = type("Shifted", (Linear4bit,), {"forward": shifted})
+
+
+def learned_scaling(layer: Any) -> None:
+    layer.scaling["default"] = torch.nn.Parameter(torch.tensor(2.0))
+
+
+def bias_of_the_first_factor(layer: Any) -> None:
+    layer.lora_A["default"].bias = torch.nn.Parameter(torch.ones(8))
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, tensor: Tensor) -> Tensor:
+        return tensor * 2
+
+
+def parametrized_factor(layer: Any) -> None:
+    torch.nn.utils.parametrize.register_parametrization(layer.lora_A["default"], "weight", Doubled())
+
+
+class Tied(torch.nn.Parameter):
+    """A parameter with a meaning of its own, as sharded ones have."""
+
+
+def first_factor_of_another_kind(layer: Any) -> None:
+    layer.lora_A["default"].weight = Tied(layer.lora_A["default"].weight.detach())
+
+
+def second_factor_of_another_kind(layer: Any) -> None:
+    layer.lora_B["default"].weight = Tied(layer.lora_B["default"].weight.detach())
+
+
+CHANGES = [
+    two_adapters, hooked, wrapped_forward, disabled, merged, another_dtype, trained_bias, fp16_product,
+    adapter_of_other_layers, second_factor_hooked, hooked_before, subclass_of_the_base, learned_scaling,
+    bias_of_the_first_factor, parametrized_factor, first_factor_of_another_kind, second_factor_of_another_kind,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -216,6 +293,110 @@ def test_variants_of_lora_are_left_to_peft(steps: list[torch.Size], settings: di
     layer = lora(**settings)
     torch.testing.assert_close(layer(X), ordinary(layer, X), rtol=0, atol=0)
     assert steps == []
+
+
+@pytest.mark.parametrize("name", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_of_the_backward_pass_are_called(steps: list[torch.Size], name: str) -> None:
+    layer, heard = lora(), []
+    getattr(layer.lora_A["default"], name)(lambda module, *grads: heard.append(len(grads)))  # noqa: ARG005
+    results(type(layer).forward, layer, X)
+    assert len(heard) == 1
+    assert steps == []
+
+
+def test_hooks_of_all_modules_are_called(steps: list[torch.Size]) -> None:
+    layer, heard = lora(), []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: heard.append(module))  # noqa: ARG005
+    try:
+        type(layer).forward(layer, X)
+    finally:
+        handle.remove()
+    assert layer.lora_A["default"] in heard
+    assert steps == []
+
+
+def test_activations_of_another_class_are_left_to_peft(steps: list[torch.Size]) -> None:
+    class Marked(Tensor):
+        pass
+
+    layer, x = lora(), X.as_subclass(Marked)
+    found = layer(x)
+    assert type(found) is type(ordinary(layer, x))
+    assert steps == []
+
+
+@pytest.mark.parametrize(
+    ("base", "x"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float16)], ids=["base", "activations"]
+)
+def test_other_dtypes_than_that_of_autocast_are_left_to_peft(
+    steps: list[torch.Size], base: torch.dtype, x: torch.dtype
+) -> None:
+    layer = lora(base)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = layer(X.to(x)), ordinary(layer, X.to(x))
+    assert found.dtype is expected.dtype
+    assert torch.equal(found, expected)
+    assert steps == []
+
+
+def test_factors_of_two_dtypes_fail_as_in_peft(steps: list[torch.Size]) -> None:
+    layer = lora()
+    layer.lora_B.to(torch.bfloat16)
+    for call in (type(layer).forward, ordinary):
+        with pytest.raises(RuntimeError, match="dtype"):
+            call(layer, X)
+    assert steps == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_dropout_of_ones_own_is_called(steps: list[torch.Size], training: bool) -> None:
+    layer = lora(lora_dropout=0.5).train(training)
+    layer.lora_dropout["default"] = Doubled()
+    torch.testing.assert_close(layer(X), ordinary(layer, X), rtol=1e-5, atol=1e-5)
+    assert steps == [X.shape]
+
+
+def test_adapters_chosen_by_row_are_left_to_peft(steps: list[torch.Size]) -> None:
+    layer = lora().eval()
+    found = layer(X, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(found[0], ordinary(layer, X)[0])
+    torch.testing.assert_close(found[1], layer.base_layer(X)[1])
+    assert steps == []
+
+
+def test_arguments_that_the_layer_does_not_take_are_refused_as_in_peft() -> None:
+    with pytest.raises(TypeError):
+        lora()(X, 1)
+
+
+def test_transforms_of_torch_func_differentiate_what_peft_computes(steps: list[torch.Size]) -> None:
+    layer = lora()
+    with torch.no_grad():
+        _, found = torch.func.jvp(layer, (X,), (torch.ones_like(X),))
+        _, expected = torch.func.jvp(lambda x: ordinary(layer, x), (X,), (torch.ones_like(X),))
+    torch.testing.assert_close(found, expected)
+    assert steps == []
+
+
+def test_a_weight_that_a_wrapper_replaced_gets_its_scales_back(steps: list[torch.Size]) -> None:
+    layer = lora()
+    expected = results(ordinary, layer, X)
+    layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.data, requires_grad=False)
+    close(results(type(layer).forward, layer, X), expected)
+    assert steps == [X.shape]
+
+
+def test_a_single_row_without_a_batch_has_second_derivatives() -> None:
+    layer, row = lora(), X[0, 0]
+    for_all = lambda call: torch.autograd.functional.hessian(lambda x: call(layer, x).pow(3).sum(), row)  # noqa: E731
+    torch.testing.assert_close(for_all(type(layer).forward), for_all(ordinary))
+
+
+def test_a_second_import_extends_no_further() -> None:
+    layer = type(lora())
+    before = layer.forward
+    peft_lora.extend()
+    assert layer.forward is before
 
 
 def test_a_compiled_layer_is_one_graph(steps: list[torch.Size]) -> None:

@@ -65,18 +65,30 @@ def _one_step(layer: Any, x: Tensor) -> Tensor | None:
     if (own["bias"] is not None and own["bias"].requires_grad) or not _fits(x, base, first["weight"], second["weight"]):
         return None
     dropout = modules["lora_dropout"]._modules[name]
-    drops = type(dropout) is not torch.nn.Identity and (layer.training or type(dropout) is not torch.nn.Dropout)
-    dropped = dropout(x) if drops else None
+    dropped = None if _is_idle(dropout) else dropout(x)
     return low_rank_matmul_4bit(x, base, first["weight"], second["weight"], scaling, dropped)
 
 
 def _is_plain(module: Any, kind: type[torch.nn.Module]) -> bool:
-    """Whether calling the module runs its class's own forward and nothing else."""
+    """Whether calling the module runs its class's own forward on parameters of its own, and nothing else."""
+    own = module._parameters  # torch's parametrizations and FSDP's flat parameters take them out
+    return _runs_only(module, kind) and "weight" in own and "bias" in own
+
+
+def _runs_only(module: Any, kind: type[torch.nn.Module]) -> bool:
     if type(module).forward is not kind.forward or "forward" in vars(module):
         return False
     return not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _is_idle(dropout: Any) -> bool:
+    """Whether calling it gives back what it is given; it has a training mode of its own."""
+    kind: type[torch.nn.Module] = type(dropout)
+    if kind is torch.nn.Identity or (kind is torch.nn.Dropout and not dropout.training):
+        return _runs_only(dropout, kind)
+    return False
 
 
 def _fits(x: Tensor, base: Any, down: Any, up: Any) -> bool:
