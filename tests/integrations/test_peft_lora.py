@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from halfbyte.errors import QuantStateMissingError
 from halfbyte.integrations import peft_lora
 from halfbyte.nn import Linear4bit
 from tests.support.listening import Listener
@@ -384,6 +385,15 @@ def test_a_weight_that_a_wrapper_replaced_gets_its_scales_back(steps: list[torch
     layer.base_layer.weight = torch.nn.Parameter(layer.base_layer.weight.data, requires_grad=False)
     close(results(type(layer).forward, layer, X), expected)
     assert steps == [X.shape]
+
+
+def test_a_weight_that_was_never_quantized_is_the_layers_own_error(steps: list[torch.Size]) -> None:
+    layer = lora()
+    layer.base_layer = Linear4bit(64, 48, bias=False, compute_dtype=torch.float32)
+    for call in (type(layer).forward, ordinary):
+        with pytest.raises(QuantStateMissingError, match="Linear4bit was called before its weight was quantized"):
+            call(layer, X)
+    assert steps == []
 
 
 def test_a_single_row_without_a_batch_has_second_derivatives() -> None:

@@ -96,8 +96,6 @@ def _fits(x: Tensor, base: Any, down: Any, up: Any) -> bool:
     parameter = torch.nn.Parameter
     if type(down) is not parameter or type(up) is not parameter or down.dtype is not up.dtype or x.dim() < 2:
         return False
-    if base.quant_state is None:
-        return False
     fix_4bit_weight_quant_state_from_module(base)  # as the layer itself does, after sharding wrappers
     kind, dtype = x.device.type, base.compute_dtype_for(x)
     if torch.is_autocast_enabled(kind):
