@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+from torch import Tensor
 
 from halfbyte.nn.repeated import SHAPES
 from tests.support.listening import Listener
@@ -44,19 +46,41 @@ def test_every_shape_is_learned_by_itself(layer_of: Callable[..., Any], repeats:
     assert repeats == [x.shape for x in shapes]
 
 
-def test_strided_activations_take_the_ordinary_way(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
-    layer = layer_of()
-    layer(X)
-    strided = X.t().contiguous().t()
-    torch.testing.assert_close(layer(strided), ordinary(layer, strided))
-    assert repeats == []
+KINDS: dict[str, Callable[[], Tensor]] = {
+    "strided": lambda: X.t().contiguous().t(),
+    "parameter": lambda: torch.nn.Parameter(X, requires_grad=False),
+}
 
 
-def test_subclasses_of_tensor_take_the_ordinary_way(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_another_kind_take_the_ordinary_way(
+    layer_of: Callable[..., Any], repeats: list[torch.Size], kind: str
+) -> None:
     layer = layer_of()
     expected = layer(X)
-    torch.testing.assert_close(layer(torch.nn.Parameter(X, requires_grad=False)), expected)
+    torch.testing.assert_close(layer(KINDS[kind]()), expected)
     assert repeats == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_learned_from_activations_of_another_kind(
+    layer_of: Callable[..., Any], repeats: list[torch.Size], kind: str
+) -> None:
+    layer = layer_of()
+    expected = layer(KINDS[kind]())
+    torch.testing.assert_close(layer(X), expected)
+    assert repeats == []
+
+
+def test_another_dtype_is_learned_in_place_of_the_one_before(
+    layer_of: Callable[..., Any], repeats: list[torch.Size]
+) -> None:
+    layer = layer_of(bias=False)
+    layer.compute_dtype = None  # of 4 bits: the activations' own
+    layer(X)
+    for _ in range(2):
+        assert layer(X.to(torch.bfloat16)).dtype == torch.bfloat16
+    assert repeats == [X.shape]
 
 
 def test_a_dtype_that_the_backend_does_not_repeat_leaves_others_alone(
@@ -109,6 +133,56 @@ def test_a_bias_that_was_missing_is_added(layer_of: Callable[..., Any], repeats:
     layer.bias = torch.nn.Parameter(torch.ones(N))
     torch.testing.assert_close(layer(X), without[0] + 1)
     assert len(repeats) == 1
+
+
+class Doubled(torch.nn.Module):
+    """Stands between a parameter and its layer."""
+
+    def forward(self, original: Tensor) -> Tensor:
+        return original * 2
+
+
+def test_a_bias_that_is_computed_in_each_call_takes_the_ordinary_way(
+    layer_of: Callable[..., Any], repeats: list[torch.Size]
+) -> None:
+    layer = layer_of()
+    single = layer(X), layer(X)
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    for _ in range(3):
+        torch.testing.assert_close(layer(X), single[0] + layer.bias / 2)
+    assert repeats == [X.shape]
+
+
+def test_a_bias_that_came_after_a_call_without_one_and_is_computed_is_added(
+    layer_of: Callable[..., Any], repeats: list[torch.Size]
+) -> None:
+    layer = layer_of(bias=False)
+    without = layer(X)
+    layer.bias = torch.nn.Parameter(torch.ones(N))
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    torch.testing.assert_close(layer(X), without + 2)
+    assert repeats == []
+
+
+def test_a_weight_that_stands_behind_a_parametrization_is_multiplied(
+    layer_of: Callable[..., Any], repeats: list[torch.Size]
+) -> None:
+    layer = layer_of()
+    expected = layer(X), layer(X)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Identity())
+    for _ in range(2):
+        torch.testing.assert_close(layer(X), expected[0])
+    assert repeats == [X.shape]
+
+
+def test_a_bias_that_learns_is_enough_for_gradients(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
+    layer = layer_of()
+    for _ in range(2):
+        layer.bias.grad = None
+        with torch.enable_grad():
+            layer(X).sum().backward()
+        torch.testing.assert_close(layer.bias.grad, torch.full((N,), float(len(X))))
+    assert repeats == [X.shape]
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.functional import dequantize_4bit
 from halfbyte.nn import Linear4bit
+from tests.support.listening import Listener
 from tests.support.repeating import X, linear_4bit, ordinary
 
 
@@ -198,6 +199,49 @@ def test_a_weight_that_was_replaced_before_the_backward_pass_is_still_the_one_mu
 
 
 @pytest.mark.usefixtures("repeats", "repeated_gradients")
+def test_gradients_of_another_weight_that_were_learned_since_are_not_taken() -> None:
+    layer, x = linear_4bit(), X.clone().requires_grad_()
+    expected = gradients(layer, X)[0]
+    product = layer(x)
+    replace_weight(layer)
+    for _ in range(3):
+        gradients(layer, X)
+    product.square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.usefixtures("repeats")
+def test_a_gradient_in_another_dtype_than_the_last_product_takes_the_ordinary_way(
+    repeated_gradients: list[torch.Size],
+) -> None:
+    layer, x = linear_4bit(bias=False), X.clone().requires_grad_()
+    layer.compute_dtype = None  # the activations' own
+    layer(x)
+    product = layer(x)
+    for _ in range(3):
+        gradients(layer, X.to(torch.bfloat16))
+    assert repeated_gradients
+    repeated_gradients.clear()
+    product.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(3, 32) @ reference_weight(layer))
+    assert repeated_gradients == []
+
+
+@pytest.mark.usefixtures("repeats")
+def test_a_listening_mode_hears_the_gradients_op(repeated_gradients: list[torch.Size]) -> None:
+    layer, x = linear_4bit(bias=False), X.clone().requires_grad_()
+    for _ in range(3):
+        gradients(layer, X)
+    assert repeated_gradients
+    repeated_gradients.clear()
+    product = layer(x)
+    with Listener() as listener:
+        product.sum().backward()
+    assert any("gemm_4bit_dgrad" in name for name in listener.heard)
+    assert repeated_gradients == []
+
+
+@pytest.mark.usefixtures("repeats", "repeated_gradients")
 def test_a_checkpointed_product_saves_the_same_when_it_is_repeated() -> None:
     layer = linear_4bit(bias=False)
     expected = gradients(linear_4bit(bias=False), X)[0]
@@ -211,6 +255,8 @@ def test_a_checkpointed_product_saves_the_same_when_it_is_repeated() -> None:
 @pytest.mark.usefixtures("repeats", "repeated_gradients")
 def test_repeated_products_have_second_derivatives() -> None:
     layer, x = linear_4bit(bias=False), X.clone().requires_grad_()
+    for _ in range(3):
+        gradients(layer, X)
     for _ in range(3):
         (first,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x)

@@ -82,13 +82,19 @@ def test_a_layer_that_changed_computes_with_what_it_has_now(
 
 
 @pytest.mark.usefixtures("no_grad")
-def test_activations_of_another_kind_take_the_ordinary_way(repeats: list[torch.Size]) -> None:
+def test_misaligned_activations_take_the_ordinary_way(repeats: list[torch.Size]) -> None:
+    layer = linear_8bit()
+    expected = layer(X)
+    assert torch.equal(layer(torch.empty(X.numel() + 1)[1:].view_as(X).copy_(X)), expected)
+    assert repeats == []
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_another_dtype_of_activations_takes_the_ordinary_way(repeats: list[torch.Size]) -> None:
     layer = linear_8bit()
     layer(X)
-    off = torch.empty(X.numel() + 1)[1:].view_as(X).copy_(X)
-    expected = ordinary(layer, X)
-    for x in (off, X.to(torch.bfloat16)):
-        torch.testing.assert_close(layer(x).float(), expected, rtol=2e-2, atol=2e-1)
+    expected = ordinary(layer, X.to(torch.bfloat16))
+    assert torch.equal(layer(X.to(torch.bfloat16)), expected)
     assert repeats == []
 
 
@@ -108,15 +114,6 @@ def test_gradients_are_those_of_the_ordinary_way(repeats: list[torch.Size]) -> N
     for found in (gradients(layer, X, weight), gradients(layer, X, weight)):
         assert all(map(torch.equal, found, expected))
     assert repeats == [X.shape, X.shape]
-
-
-def test_a_bias_that_learns_is_enough_for_gradients(repeats: list[torch.Size]) -> None:
-    layer = linear_8bit()
-    for _ in range(2):
-        layer.bias.grad = None
-        layer(X).sum().backward()
-        torch.testing.assert_close(layer.bias.grad, torch.full((N,), 3.0))
-    assert repeats == [X.shape]
 
 
 def test_misaligned_activations_with_gradients_take_the_ordinary_way(repeats: list[torch.Size]) -> None:
@@ -142,7 +139,7 @@ def test_checkpointed_layers_learn_alike(repeats: list[torch.Size], reentrant: b
 @pytest.mark.usefixtures("repeats")
 def test_second_derivatives_pass_through() -> None:
     layer = linear_8bit(bias=False)
-    for _ in range(2):
+    for _ in range(3):
         x = X.clone().requires_grad_()
         (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), x)

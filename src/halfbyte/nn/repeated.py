@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["SHAPES", "Calls", "Repeated"]
+__all__ = ["SHAPES", "Calls", "Repeated", "own_bias"]
 
 SHAPES = 32
 """Shapes of activations that a layer remembers."""
@@ -23,6 +23,11 @@ Calls = dict[torch.Size, Callable[[Tensor], Tensor | None] | None]
 """What repeats a call, by the shape of its activation; None where the backend was asked and offers nothing."""
 
 _UNKNOWN: Any = object()
+
+
+def own_bias(layer: Any) -> Any:
+    """The layer's bias; where it is computed anew in each call (``torch.nn.utils.parametrize``), what no bias equals."""
+    return layer._parameters.get("bias", _UNKNOWN)
 
 
 class Repeated:
@@ -61,8 +66,8 @@ class Repeated:
         """Whether the backend was asked about such an activation, and offered nothing."""
         return self._calls.get(x.shape, _UNKNOWN) is None and self._fits(x)
 
-    def _has(self, bias: Tensor | None) -> bool:
-        """Whether the layer's bias is where it was: nobody is told when a tensor's ``.data`` is set."""
+    def _has(self, bias: Any) -> bool:
+        """Whether the layer's own bias is where it was: nobody is told when a tensor's ``.data`` is set."""
         if bias is None or self._bias is None:
             return bias is None and self._bias is None
         return bias is self._bias() and bias.data_ptr() == self._bias_address

@@ -12,7 +12,7 @@ from torch import Tensor
 from halfbyte.autograd.matmul_4bit import repeated_matmul_4bit
 from halfbyte.backends import registry
 from halfbyte.functional import format_of, kernel_scales
-from halfbyte.nn.repeated import Calls, Repeated
+from halfbyte.nn.repeated import Calls, Repeated, own_bias
 from halfbyte.quant_state import QuantState, changes
 
 __all__ = ["Repeated4bit"]
@@ -40,8 +40,8 @@ class Repeated4bit(Repeated):
         call = self._call(self._calls, x)
         if call is None or layer.compute_dtype is not self._compute_dtype or registry.listened():
             return None
-        parameters = layer._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
+        bias = own_bias(layer)
+        weight = layer._parameters.get("weight")
         if not self._has(bias) or not self._holds(weight):
             return None
         if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -91,7 +91,7 @@ class Repeated4bit(Repeated):
         own: Repeated4bit | None = layer._repeated
         if own is not None and own._refused(x):
             return own
-        if bias is not layer._parameters["bias"] or not registry.undisturbed(x) or not x.is_contiguous():
+        if bias is not own_bias(layer) or not registry.undisturbed(x) or not x.is_contiguous():
             return own
         same = own is not None and own._fits(x) and own._compute_dtype is layer.compute_dtype
         if own is None or not same or not (own._has(bias) and own._holds(weight)):

@@ -11,7 +11,7 @@ from torch import Tensor
 from halfbyte.autograd.matmul_8bit import repeated_matmul
 from halfbyte.backends import registry
 from halfbyte.nn.int8_params import Int8Params
-from halfbyte.nn.repeated import Repeated
+from halfbyte.nn.repeated import Repeated, own_bias
 
 __all__ = ["Repeated8bit"]
 
@@ -34,8 +34,8 @@ class Repeated8bit(Repeated):
         call = self._call(self._calls, x)
         if call is None or registry.listened():
             return None
-        parameters = layer._parameters
-        weight, bias = parameters["weight"], parameters["bias"]
+        bias = own_bias(layer)
+        weight = layer._parameters.get("weight")
         if not self._has(bias) or not self._holds(weight, layer.state.threshold):
             return None
         if _is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -57,7 +57,7 @@ class Repeated8bit(Repeated):
         own: Repeated8bit | None = layer._repeated
         if own is not None and own._refused(x):
             return own
-        bias, threshold = layer._parameters["bias"], layer.state.threshold
+        bias, threshold = own_bias(layer), layer.state.threshold
         scales = getattr(weight, "SCB", None)
         if not isinstance(weight, Int8Params) or weight.dtype != torch.int8 or scales is None:
             return own

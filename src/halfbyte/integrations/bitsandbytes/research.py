@@ -231,7 +231,8 @@ class LinearFP8Mixed(torch.nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """``x @ weight.T + bias``."""
         codes = (self.fw_code.to(x.device), self.bw_code.to(x.device))
-        product, bias = _fp8(x, self.weight.t(), *codes, None, (-1, -1), self.mixed), self._parameters["bias"]
+        product = _fp8(x, self.weight.t(), *codes, None, (-1, -1), self.mixed)
+        bias: Any = self.bias
         return product if bias is None else product + bias
 
 
