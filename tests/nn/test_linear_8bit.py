@@ -368,3 +368,9 @@ def test_a_replaced_weight_is_exported_with_its_own_scales() -> None:
     layer, other, x = called(layer_of()), layer_of(seed=5), activations(3, K)
     layer.weight = other.weight
     assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+
+
+def test_a_weight_put_among_the_parameters_is_exported_with_its_own_scales() -> None:
+    layer, other, x = called(layer_of()), layer_of(seed=5), activations(3, K)
+    layer._parameters["weight"] = other.weight  # accelerate's way
+    assert torch.equal(torch.export.export(called(layer), (x,)).module()(x), layer(x))
