@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 
 from halfbyte.autograd import MatmulLtState, matmul
 from halfbyte.errors import CheckpointError, QuantStateMissingError
@@ -169,6 +170,22 @@ def test_a_float_weight_is_trained() -> None:
     assert losses[-1] < 0.01 * losses[0]
     assert type(layer.weight) is Int8Params
     assert torch.equal(layer.eval()(x), layer.train()(x))
+
+
+class Doubled(torch.nn.Module):
+    """Stands between a parameter and its layer."""
+
+    def forward(self, original: torch.Tensor) -> torch.Tensor:
+        return original * 2
+
+
+def test_a_float_weight_behind_a_parametrization_is_trained() -> None:
+    layer, x = layer_of(has_fp16_weights=True), activations(2, K)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), matmul(x, layer.weight, bias=layer.bias, threshold=THRESHOLD))
+    layer(x).sum().backward()
+    assert layer.parametrizations.weight.original.grad.count_nonzero() > 0
 
 
 def test_a_trained_layer_moves_with_its_gradient() -> None:

@@ -26,7 +26,7 @@ _UNKNOWN: Any = object()
 
 
 def own_bias(layer: Any) -> Any:
-    """The layer's bias; where it is computed anew in each call (``torch.nn.utils.parametrize``), what no bias equals."""
+    """The layer's bias; where each call computes it (``torch.nn.utils.parametrize``), what no bias equals."""
     return layer._parameters.get("bias", _UNKNOWN)
 
 
