@@ -365,7 +365,7 @@ def paged_behind_a_long_wait() -> tuple[optim.Optimizer8bit, weakref.ref[torch.T
     optimizer.step()
     optimizer.step()
     torch.cuda.synchronize()
-    torch.cuda._sleep(1_000_000_000)
+    torch.cuda._sleep(4_000_000_000)  # about two seconds: collecting garbage on a busy machine took half of one
     optimizer.step()
     (state,) = optimizer.state.values()
     return optimizer, weakref.ref(state["state1"])
