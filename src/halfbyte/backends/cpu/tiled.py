@@ -24,10 +24,10 @@ HIGH, WIDE = 2, 1
 """Tiles of rows and of activations multiplied at a time. Two by two would load less a product, and was slower on
 Sapphire Rapids: there a load from the first-level cache takes the unit as long as a product."""
 
-UNROLL = 2
+UNROLL = 4
 """Rows decoded side by side."""
 
-PANEL, PANEL_MANY = 2, 8
+PANEL, PANEL_MANY = 2, 4
 """Chunks of a row decoded at a time for one group of activations (a cache line of each row), and for several, whose
 sums are stored and loaded between panels."""
 
@@ -35,7 +35,7 @@ ALONE = 64
 """Chunks that one thread puts into order sooner than several are called for it."""
 
 GROUP_ROWS = 128
-"""Rows of the weight whose sums a thread holds for several groups of activations."""
+"""Rows of the weight whose sums a thread holds for several groups of activations, at most."""
 
 
 def takes(batch: int, dtype: torch.dtype) -> bool:
@@ -61,12 +61,18 @@ def _plan(batch: int, rows: int, chunks: int, count: int) -> _Plan:
     step = HIGH * tiles.SIDE
     if groups == 1:
         panel, held = min(PANEL, chunks), HIGH
-        share = max(1, rows // (step * 8 * count)) * step  # at least eight pieces a thread where there are rows
+        blocks = max(min(2, rows // (step * count)), rows // (step * 8 * count), 1)  # eight pieces a thread, or fewer
+        share = blocks * step
     else:
         panel = min(PANEL_MANY, chunks)
-        share = min(GROUP_ROWS, -(-rows // (step * 2 * count)) * step)
+        share = min(range(step, GROUP_ROWS + 1, step), key=lambda share: (_busiest(rows, share, count), -share))
         held = share // tiles.SIDE
     return _Plan(wide, groups, panel, share, tiles.workspace_bytes(wide, groups, panel, held))
+
+
+def _busiest(rows: int, share: int, count: int) -> int:
+    """Rows of the thread with the most pieces of ``share`` rows."""
+    return -(-rows // (share * count)) * share
 
 
 @functools.cache
