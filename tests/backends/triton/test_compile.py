@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,7 +158,8 @@ def decoded(
     constants = {
         "BM": tile.batch, "BLOCK": 64, "ACROSS": False, "SPLIT": tile.split > 1, "NESTED": False, "BIAS": False,
         "WHOLE": not changes.get("ACROSS") and changes.get("BLOCK", 64) == 64, "EIGHTS": True, "NW": tile.n_warps,
-        "REGISTERS": registers(tile), "STAGES": tile.stages, "G": tile.unroll, "PG": tile.producers, **changes,
+        "REGISTERS": registers(tile), "STAGES": tile.stages, "G": tile.unroll, "PG": tile.producers,
+        "AT_ONCE": tile.at_once, "EARLY": tile.early, **changes,
     }  # fmt: skip
     box = [64 * tile.unroll, 16] if constants["ACROSS"] else [128, 8 * tile.unroll]
     lines = gl.NVMMASharedLayout(swizzle_byte_width=4 * box[1], element_bitwidth=32, rank=2)
@@ -182,8 +185,9 @@ SMALLER = Tile("decoded", 64, 128, 2, 1, 4, 1, 6, producers=2)
 @counted
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("across", [False, True])
-def test_the_decoded_kernels_producer_keeps_ahead_of_the_tensor_cores(across: bool, dtype: str) -> None:
-    built = decoded(LARGE, dtype, ACROSS=across)
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_the_decoded_kernels_producer_keeps_ahead_of_the_tensor_cores(at_once: int, across: bool, dtype: str) -> None:
+    built = decoded(replace(LARGE, at_once=at_once), dtype, ACROSS=across)
     assert built.registers_spilled == 0
     ptx = built.asm["ptx"]
     assert ptx.count("wgmma.mma_async") == 4
@@ -195,6 +199,26 @@ def test_the_decoded_kernels_producer_keeps_ahead_of_the_tensor_cores(across: bo
     assert ptx.count("st.shared.v4") == 4 * 8
     # Neither words nor scales of the steps to come wait in registers that a loop passes on one by one.
     assert ptx.count("ld.shared.v4") >= 8
+
+
+@pytest.mark.parametrize("tile", [LARGE, MIDDLE, SMALLER], ids=lambda tile: str(tile.batch))
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_producer_writes_as_many_steps_between_its_waits_as_it_hands_on_at_once(at_once: int, tile: Tile) -> None:
+    ptx = decoded(replace(tile, at_once=at_once)).asm["ptx"]
+    written = [part.count("st.shared.v4") for part in ptx.split("mbarrier.try_wait")]
+    # Eight writes are a step.
+    assert max(written) == 8 * at_once
+    assert sum(written) == 8 * 4
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("early", [False, True])
+def test_nested_scales_are_multiplied_as_soon_as_loaded_or_when_used(early: bool, at_once: int) -> None:
+    ptx = decoded(replace(SMALLER, early=early, at_once=at_once), NESTED=True).asm["ptx"]
+    loaded = set(re.findall(r"ld\.global\.b32 \{ (%r\d+) \}", ptx))
+    products = re.findall(r"mul(?:\.rn)?\.f32\s+%r\d+, (%r\d+), (%r\d+);", ptx)
+    # Two producers' two steps, before the loop and in it.
+    assert sum(loaded.issuperset(pair) for pair in products) == (2 * 2 * 2 if early else 0)
 
 
 def test_the_scales_of_a_group_of_steps_come_in_one_load() -> None:
@@ -217,6 +241,8 @@ def test_results_are_written_16_bytes_at_a_time_where_rows_are_a_multiple_of_eig
         (SMALLER, {"BLOCK": 256, "NESTED": True}),
         (MIDDLE, {"SPLIT": True, "ACROSS": True, "NESTED": True}),
         (LARGE, {"SPLIT": True, "NESTED": True}),
+        (replace(LARGE, at_once=1, early=True), {"NESTED": True}),
+        (replace(MIDDLE, at_once=1, early=True), {"ACROSS": True, "NESTED": True}),
     ],
     ids=str,
 )

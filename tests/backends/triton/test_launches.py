@@ -175,6 +175,7 @@ def test_every_tile_that_is_tuned_reaches_its_kernel_under_the_right_names(launc
             assert given["NW"] == tile.n_warps
             if tile.kind == "decoded":
                 assert (given["G"], given["STAGES"], given["PG"]) == (tile.unroll, tile.stages, tile.producers)
+                assert (given["AT_ONCE"], given["EARLY"]) == (tile.at_once, tile.early)
                 continue
             assert given["U"] == tile.unroll
             assert given.get("KW", 1) == tile.k_warps
