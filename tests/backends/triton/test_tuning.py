@@ -112,6 +112,9 @@ def test_the_backward_is_decoded_up_to_what_was_measured_and_sliced_beyond() -> 
         {"kind": "warpgroup", "n_warps": 2, "rows": 32},
         {"kind": "decoded", "n_warps": 2, "rows": 32},
         {"kind": "decoded", "k_warps": 1, "n_warps": 8, "rows": 128, "producers": 2},
+        {"kind": "decoded", "k_warps": 1, "n_warps": 8, "rows": 128, "unroll": 2, "producers": 2, "stages": 2},
+        {"kind": "decoded", "k_warps": 1, "n_warps": 8, "rows": 128, "stages": 0},
+        {"kind": "decoded", "k_warps": 1, "n_warps": 8, "rows": 128, "stages": 3},
     ],
     ids=str,
 )

@@ -89,10 +89,13 @@ class Tile:
             raise ArgumentError(f"{self}", expected="whole warpgroups of 4 warps, none of them sharing K")
         if self.kind == "decoded" and (
             self.stages % 2
+            or self.stages < 2 * self.producers
             or self.at_once not in (1, 2)
             or (self.rows, self.unroll, self.producers) not in ((128, 4, 1), (128, 2, 2))
         ):
-            expected = "128 rows, a producer of 4 or two of 2 steps, 1 or 2 of them at once, an even number of stages"
+            expected = (
+                "128 rows, a producer of 4 or two of 2 steps, 1 or 2 at once, an even number of stages, two a producer"
+            )
             raise ArgumentError(f"{self}", expected=expected)
 
     def shared_bytes(self, pair: int = 2) -> int:
