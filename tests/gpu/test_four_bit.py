@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -191,40 +190,6 @@ def test_iterations_in_turn_multiply_as_others(
         out = torch.full((m, n), math.nan, device="cuda", dtype=torch.bfloat16)
         plan.run(x, packed, first, (rest[0], rest[1], rest[2]), added, out, 0)
         assert error(out, exact) <= 1.1 * error(F.linear(x, weight.bfloat16(), added), exact)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize(
-    "tile",
-    [
-        tuning.Tile("decoded", 256, 128, 4, 1, 8, 1, 4),
-        tuning.Tile("decoded", 128, 128, 2, 1, 8, 2, 6, producers=2),
-        tuning.Tile("decoded", 64, 128, 2, 1, 4, 1, 6, producers=2),
-    ],
-    ids=lambda tile: str(tile.batch),
-)
-def test_how_steps_and_nested_scales_are_handed_on_changes_no_bit(
-    tile: tuning.Tile, across: bool, nested: bool
-) -> None:
-    from halfbyte.backends.triton.decoded import DecodedPlan
-
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("only Hopper has decoded tiles")
-    n, k = 1000, 2368  # a rest of rows, and of steps in every group
-    packed, absmax = ops.quantize_4bit(torch.randn(n, k, device="cuda") * 0.02, 64, "nf4", torch.uint8)
-    first, *rest = scales_of(absmax, nested)
-    x = torch.randn(tile.batch + 3, n if across else k, device="cuda", dtype=torch.bfloat16)
-    results: list[torch.Tensor] = []
-    for at_once, early in ((2, False), (1, False), (2, True), (1, True)):
-        chosen = replace(tile, at_once=at_once, early=early)
-        plan = DecodedPlan(x.shape[0], n, k, 64, "nf4", chosen, across=across, nested=nested, bias=False)
-        out = torch.full((x.shape[0], k if across else n), math.nan, device="cuda", dtype=torch.bfloat16)
-        plan.run(x, packed, first, (rest[0], rest[1], rest[2]), None, out, 0)
-        results.append(out)
-    weight = ops.dequantize_4bit(packed, first, 64, "nf4", [n, k], torch.bfloat16, *rest)
-    torch.testing.assert_close(results[0], x @ weight if across else F.linear(x, weight), rtol=2e-2, atol=2e-2)
-    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_levels_may_come_as_a_tensor() -> None:

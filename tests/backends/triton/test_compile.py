@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -158,8 +157,7 @@ def decoded(
     constants = {
         "BM": tile.batch, "BLOCK": 64, "ACROSS": False, "SPLIT": tile.split > 1, "NESTED": False, "BIAS": False,
         "WHOLE": not changes.get("ACROSS") and changes.get("BLOCK", 64) == 64, "EIGHTS": True, "NW": tile.n_warps,
-        "REGISTERS": registers(tile), "STAGES": tile.stages, "G": tile.unroll, "PG": tile.producers,
-        "AT_ONCE": tile.at_once, "EARLY": tile.early, **changes,
+        "REGISTERS": registers(tile), "STAGES": tile.stages, "G": tile.unroll, "PG": tile.producers, **changes,
     }  # fmt: skip
     box = [64 * tile.unroll, 16] if constants["ACROSS"] else [128, 8 * tile.unroll]
     lines = gl.NVMMASharedLayout(swizzle_byte_width=4 * box[1], element_bitwidth=32, rank=2)
@@ -187,9 +185,8 @@ PERMUTATIONS = 8 * 16 + 8
 @counted
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_the_decoded_kernels_producer_keeps_ahead_of_the_tensor_cores(at_once: int, across: bool, dtype: str) -> None:
-    built = decoded(replace(LARGE, at_once=at_once), dtype, ACROSS=across)
+def test_the_decoded_kernels_producer_keeps_ahead_of_the_tensor_cores(across: bool, dtype: str) -> None:
+    built = decoded(LARGE, dtype, ACROSS=across)
     assert built.registers_spilled == 0
     ptx = built.asm["ptx"]
     assert ptx.count("wgmma.mma_async") == 4
@@ -204,22 +201,19 @@ def test_the_decoded_kernels_producer_keeps_ahead_of_the_tensor_cores(at_once: i
 
 
 @pytest.mark.parametrize("tile", [LARGE, MIDDLE, SMALLER], ids=lambda tile: str(tile.batch))
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_a_producer_decodes_as_many_steps_between_its_waits_as_it_hands_on_at_once(at_once: int, tile: Tile) -> None:
-    ptx = decoded(replace(tile, at_once=at_once)).asm["ptx"]
+def test_a_producer_hands_on_each_step_as_soon_as_it_is_decoded(tile: Tile) -> None:
+    ptx = decoded(tile).asm["ptx"]
     decoded_steps = [part.count("prmt.b32") // PERMUTATIONS for part in ptx.split("mbarrier.try_wait")]
-    assert max(decoded_steps) == at_once
+    assert max(decoded_steps) == 1
     assert sum(decoded_steps) == 4
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-@pytest.mark.parametrize("early", [False, True])
-def test_nested_scales_are_multiplied_as_soon_as_loaded_or_when_used(early: bool, at_once: int) -> None:
-    ptx = decoded(replace(SMALLER, early=early, at_once=at_once), NESTED=True).asm["ptx"]
+def test_nested_scales_are_multiplied_a_group_before_they_are_used() -> None:
+    ptx = decoded(SMALLER, NESTED=True).asm["ptx"]
     loaded = set(re.findall(r"ld\.global\.b32 \{ (%r\d+) \}", ptx))
     products = re.findall(r"mul(?:\.rn)?\.f32\s+%r\d+, (%r\d+), (%r\d+);", ptx)
-    # Two producers' two steps, before the loop and in it.
-    assert sum(loaded.issuperset(pair) for pair in products) == (2 * 2 * 2 if early else 0)
+    # Of what was loaded, not of what the loop passed on: two producers' two steps, before the loop and in it.
+    assert sum(loaded.issuperset(pair) for pair in products) == 2 * 2 * 2
 
 
 def test_the_scales_of_a_group_of_steps_come_in_one_load() -> None:
@@ -242,8 +236,8 @@ def test_results_are_written_16_bytes_at_a_time_where_rows_are_a_multiple_of_eig
         (SMALLER, {"BLOCK": 256, "NESTED": True}),
         (MIDDLE, {"SPLIT": True, "ACROSS": True, "NESTED": True}),
         (LARGE, {"SPLIT": True, "NESTED": True}),
-        (replace(LARGE, at_once=1, early=True), {"NESTED": True}),
-        (replace(MIDDLE, at_once=1, early=True), {"ACROSS": True, "NESTED": True}),
+        (LARGE, {"NESTED": True}),
+        (MIDDLE, {"ACROSS": True, "NESTED": True}),
     ],
     ids=str,
 )

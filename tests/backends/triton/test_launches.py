@@ -32,7 +32,7 @@ from halfbyte.backends.triton import (
     tune,
 )
 from halfbyte.backends.triton.grouped_tiles import tile_for
-from halfbyte.backends.triton.tuning import FUSED_BATCHES, Tile
+from halfbyte.backends.triton.tuning import FUSED_BATCHES
 from halfbyte.formats.dynamic import dynamic_map
 from halfbyte.formats.int8 import STEP
 from halfbyte.rules import FIELDS, rule_named, rule_names
@@ -181,17 +181,6 @@ def test_every_tile_that_is_tuned_reaches_its_kernel_under_the_right_names(launc
             assert given.get("TABLE", True) == tile.table
             assert given["AHEAD"] == tile.stages if tile.kind == "register" else given["STAGES"] >= tile.stages
     assert kinds == {"register", "staged", "warpgroup", "decoded"}
-
-
-@pytest.mark.parametrize("at_once", [1, 2])
-@pytest.mark.parametrize("early", [False, True])
-def test_how_a_decoded_tile_hands_on_its_steps_reaches_the_kernel(
-    early: bool, at_once: int, launches: Launches
-) -> None:
-    tile = Tile("decoded", 64, 128, 2, 1, 4, 1, 6, table=False, producers=2, at_once=at_once, early=early)
-    tune._compile((64, 256, 512, tile))
-    (given,) = named(launches, "_gemm_4bit_decoded_kernel")
-    assert (given["AT_ONCE"], given["EARLY"]) == (at_once, early)
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -32,7 +32,7 @@ def test_a_tuning_file_has_the_schemas_keys_and_its_own_architecture(name: str) 
     assert f"{document['arch']}.json" == name
     for entry in document["tiles"]:
         assert set(entry) == {"batch", "n", "k", "tile"}
-        assert set(entry["tile"]) - {"producers", "at_once", "early"} == TILE_KEYS
+        assert set(entry["tile"]) - {"producers"} == TILE_KEYS
         assert entry["batch"] in tuning.FUSED_BATCHES
         assert entry["tile"]["batch"] >= min(entry["batch"], 8) or entry["tile"]["kind"] != "register"
     for entry in document["fused"] + document["fused_backward"]:
@@ -75,14 +75,6 @@ def test_a_decoded_product_is_split_until_the_multiprocessors_are_full(
     batch: int, width: int, terms: int, split: int
 ) -> None:
     assert tuning.decoded_form(HOPPER, batch, width, terms).split == split
-
-
-@pytest.mark.parametrize("at_once", [0, 3, 4])
-def test_a_decoded_tile_hands_on_one_or_two_steps_at_once(at_once: int) -> None:
-    for known in (1, 2):
-        assert tuning.Tile("decoded", 64, 128, 2, 1, 4, 1, 6, producers=2, at_once=known).at_once == known
-    with pytest.raises(ArgumentError, match="at once"):
-        tuning.Tile("decoded", 64, 128, 2, 1, 4, 1, 6, producers=2, at_once=at_once)
 
 
 def test_a_measured_shape_lends_its_tile_to_its_neighbours_only() -> None:

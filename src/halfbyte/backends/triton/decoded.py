@@ -90,7 +90,7 @@ class DecodedPlan:
         whole = not across and blocksize == STEP and steps % group == 0
         constants = (
             tile.batch, blocksize, across, split > 1, nested, bias and split == 1, whole,
-            width % 8 == 0, tile.n_warps, registers(tile), tile.stages, group, tile.producers, tile.at_once, tile.early,
+            width % 8 == 0, tile.n_warps, registers(tile), tile.stages, group, tile.producers,
         )  # fmt: skip
         self._launcher = Launcher(kernel, constants, num_warps=tile.n_warps, enable_fp_fusion=False)
         self._sum = PartialSum((split, m, width), bias=bias) if split > 1 else None

@@ -53,8 +53,6 @@ class Tile:
             or 3 and 4 for 1 and 2 with two iterations in turn.
         table: Decode by the table in shared memory, else by byte permutation.
         producers: Groups of four warps that decode, 1 or 2 (decoded tiles).
-        at_once: Steps that such a group hands on at a time, 1 or 2.
-        early: Nested scales are multiplied out a group of steps before they are used (decoded tiles).
     """
 
     kind: str
@@ -67,8 +65,6 @@ class Tile:
     stages: int
     table: bool = True
     producers: int = 1
-    at_once: int = 2
-    early: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch", "rows", "unroll", "k_warps", "n_warps"):
@@ -90,12 +86,9 @@ class Tile:
         if self.kind == "decoded" and (
             self.stages % 2
             or self.stages < 2 * self.producers
-            or self.at_once not in (1, 2)
             or (self.rows, self.unroll, self.producers) not in ((128, 4, 1), (128, 2, 2))
         ):
-            expected = (
-                "128 rows, a producer of 4 or two of 2 steps, 1 or 2 at once, an even number of stages, two a producer"
-            )
+            expected = "128 rows, a producer of 4 or two of 2 steps, an even number of stages, two a producer"
             raise ArgumentError(f"{self}", expected=expected)
 
     def shared_bytes(self, pair: int = 2) -> int:

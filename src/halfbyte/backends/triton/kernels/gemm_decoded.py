@@ -147,30 +147,22 @@ def _fetch_scales(
 
 
 @gluon.jit
-def _factors_of(found, absmax, absmax_code, offset, NESTED: gl.constexpr, EARLY: gl.constexpr, G: gl.constexpr):
-    """What the scales of a group are made from, a tuple of pairs: where they are nested a code's value and its block's
-    absmax, else, and where these are multiplied EARLY, the scale and itself."""
-    factors = ()
+def _scales_of(found, absmax, absmax_code, offset, NESTED: gl.constexpr, G: gl.constexpr):
+    """The scales of a group of steps, a tuple."""
+    scales = ()
     for u in gl.static_range(G):
         q, index = found[u]
         if NESTED:
-            value, second = gl.load(absmax_code + q.to(gl.int32)), gl.load(absmax + index // 256)
-            if EARLY:
-                scale = value * second + offset
-                factors = factors + ((scale, scale),)
-            else:
-                factors = factors + ((value, second),)
-        else:
-            factors = factors + ((q, q),)
-    return factors
+            q = gl.load(absmax_code + q.to(gl.int32)) * gl.load(absmax + index // 256) + offset
+        scales = scales + (q,)
+    return scales
 
 
 @gluon.jit
 def _produce(
     source, rings, barriers, place,
     BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, NESTED: gl.constexpr, WHOLE: gl.constexpr,
-    STAGES: gl.constexpr, G: gl.constexpr, PG: gl.constexpr, AT_ONCE: gl.constexpr, EARLY: gl.constexpr,
-    WHO: gl.constexpr,
+    STAGES: gl.constexpr, G: gl.constexpr, PG: gl.constexpr, WHO: gl.constexpr,
 ):  # fmt: skip
     """Fill the rings: for every step of 64 terms the activation and the decoded weight.
 
@@ -199,10 +191,10 @@ def _produce(
         at = [step * 64, first // 8] if ACROSS else [first, step * 8]
         _load_tile(w_desc, at, packed.index(WHO * 2 + group), p_ring.index(WHO * 2 + group))
     found = _fetch_scales(WHO * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
-    loaded = _factors_of(found, absmax, absmax_code, offset, NESTED, EARLY, G)
+    loaded = _scales_of(found, absmax, absmax_code, offset, NESTED, G)
     ahead = ()
     for u in gl.static_range(G):
-        ahead = ahead + ((loaded[u][0] + 0.0, loaded[u][1] + 0.0),)
+        ahead = ahead + (loaded[u] + 0.0,)
     found = _fetch_scales((WHO + PG) * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
     stage = WHO * G
     phase = 1
@@ -216,34 +208,27 @@ def _produce(
         step = begin + i + 2 * PG * G
         at = [step * 64, first // 8] if ACROSS else [first, step * 8]
         _load_tile(w_desc, at, packed.index(WHO * 2 + half), p_ring.index(WHO * 2 + half))
-        # Scales are loaded two groups ahead, and where they are nested looked up one group ahead.
+        # Scales are loaded two groups ahead, and where they are nested looked up and multiplied one group ahead.
         now = ahead
-        ahead = _factors_of(found, absmax, absmax_code, offset, NESTED, EARLY, G)
+        ahead = _scales_of(found, absmax, absmax_code, offset, NESTED, G)
         found = _fetch_scales(i + 2 * PG * G, scales, row, base, row_blocks, N, begin, steps, BLOCK, ACROSS, WHOLE, G)
-        for u in gl.static_range(0, G, AT_ONCE):
+        for u in gl.static_range(G):
             if i + u < steps:
-                for v in gl.static_range(AT_ONCE):
-                    mbarrier.wait(empty.index(stage + v), phase)
-                    if i + u + v < steps:
-                        mbarrier.expect(full.index(stage + v), BM * 128)
-                        at = [batch, (begin + i + u + v) * 64]
-                        _load_tile(x_desc, at, full.index(stage + v), x_ring.index(stage + v))
-                for v in gl.static_range(AT_ONCE):
-                    scale = now[u + v][0]
-                    if NESTED and not EARLY:
-                        scale = scale * now[u + v][1] + offset
-                    if ACROSS:
-                        # The sum has no terms past N: what was read there again counts nothing.
-                        scale = gl.where(row + (i + u + v) * 64 < N, scale, 0.0)
-                    pairs = _decode_block(words[u + v], scale, levels, DT)
-                    if ACROSS:
-                        # The tile [64 terms, 128 columns] lies in shared memory in strips of 64 columns.
-                        pairs = pairs.reshape([4, 2, 16, 32]).permute((1, 0, 2, 3)).reshape([128, 32])
-                    w_ring.index(stage + v).store(pairs)
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(full.index(stage), BM * 128)
+                _load_tile(x_desc, [batch, (begin + i + u) * 64], full.index(stage), x_ring.index(stage))
+                scale = now[u]
+                if ACROSS:
+                    # The sum has no terms past N: what was read there again counts nothing.
+                    scale = gl.where(row + (i + u) * 64 < N, scale, 0.0)
+                pairs = _decode_block(words[u], scale, levels, DT)
+                if ACROSS:
+                    # The tile [64 terms, 128 columns] lies in shared memory in strips of 64 columns.
+                    pairs = pairs.reshape([4, 2, 16, 32]).permute((1, 0, 2, 3)).reshape([128, 32])
+                w_ring.index(stage).store(pairs)
                 _barrier()
-                for v in gl.static_range(AT_ONCE):
-                    mbarrier.arrive(full.index(stage + v), count=1)
-                stage += AT_ONCE
+                mbarrier.arrive(full.index(stage), count=1)
+                stage += 1
                 if stage == STAGES:
                     stage = 0
                     phase = phase ^ 1
@@ -326,7 +311,7 @@ def _gemm_4bit_decoded_kernel(
     M, N, K, row_blocks, steps, per_slice,
     BM: gl.constexpr, BLOCK: gl.constexpr, ACROSS: gl.constexpr, SPLIT: gl.constexpr, NESTED: gl.constexpr,
     BIAS: gl.constexpr, WHOLE: gl.constexpr, EIGHTS: gl.constexpr, NW: gl.constexpr, REGISTERS: gl.constexpr,
-    STAGES: gl.constexpr, G: gl.constexpr, PG: gl.constexpr, AT_ONCE: gl.constexpr, EARLY: gl.constexpr,
+    STAGES: gl.constexpr, G: gl.constexpr, PG: gl.constexpr,
 ):  # fmt: skip
     """``out[m, n] = sum_k x[m, k] * weight[n, k] + bias[n]``, ACROSS: ``out[m, k] = sum_n x[m, n] * weight[n, k]``.
 
@@ -335,9 +320,7 @@ def _gemm_4bit_decoded_kernel(
     ``w_desc`` describes the packed words of a group: [128 rows, 8 G words], ACROSS [64 G rows, 16 words]. WHOLE: not
     ACROSS, blocks of 64, and ``steps`` a multiple of G, so that a group's scales lie side by side. EIGHTS: rows of the
     result are a multiple of eight. NW warps multiply, PG (1 or 2) producers of four warps decode, with REGISTERS each
-    for the latter; STAGES is even. A producer hands on AT_ONCE (1 or 2) steps at a time: with one it may run further
-    ahead in the same ring. Where scales are NESTED, EARLY multiplies them out a group before they are used, else their
-    factors wait until then. With SPLIT fp32 sums go to ``out_ptr`` [splits, M, ...].
+    for the latter; STAGES is even. With SPLIT fp32 sums go to ``out_ptr`` [splits, M, ...].
     """
     BN: gl.constexpr = 128
     DT: gl.constexpr = x_desc.dtype
@@ -376,21 +359,18 @@ def _gemm_4bit_decoded_kernel(
         gl.warp_specialize(
             [
                 (_consume, (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW)),
-                (_produce, (source, rings, barriers, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES, G, PG, AT_ONCE,
-                            EARLY, 0)),
-                (_produce, (source, rings, barriers, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES, G, PG, AT_ONCE,
-                            EARLY, 1)),
+                (_produce, (source, rings, barriers, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES, G, PG, 0)),
+                (_produce, (source, rings, barriers, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES, G, PG, 1)),
             ],
             [4, 4],
             [REGISTERS, REGISTERS],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
                 (_consume, (w_ring, x_ring, full, empty, result, BN, BM, ACROSS, SPLIT, BIAS, STAGES, NW)),
-                (_produce, (source, rings, barriers, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES, G, PG, AT_ONCE,
-                            EARLY, 0)),
+                (_produce, (source, rings, barriers, place, BM, BLOCK, ACROSS, NESTED, WHOLE, STAGES, G, PG, 0)),
             ],
             [4],
             [REGISTERS],
-        )  # fmt: skip
+        )
