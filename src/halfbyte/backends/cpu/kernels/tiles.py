@@ -9,19 +9,12 @@ from halfbyte.backends.cpu.kernels.level import CHUNK, CHUNK_BYTES, TABLE_EXACT,
 from halfbyte.backends.cpu.kernels.ssa import I64, Type, Value
 from halfbyte.backends.cpu.kernels.values import ITEMSIZE, Scales, load_float, store_float
 
-__all__ = [
-    "ARGUMENTS",
-    "COUNTER_BYTES",
-    "PREPARE_ARGUMENTS",
-    "SIDE",
-    "emit",
-    "emit_prepare",
-    "workspace_bytes",
-]
+__all__ = ["ARGUMENTS", "PREPARE_ARGUMENTS", "SIDE", "emit", "emit_prepare", "ordered_bytes", "workspace_bytes"]
 
 ARGUMENTS = (
     "packed",
-    "x",
+    "source",
+    "stride",
     "out",
     "bias",
     "tables",
@@ -36,10 +29,12 @@ ARGUMENTS = (
     "workspace",
     "workspace_stride",
     "ahead",
+    "thread",
 )
-"""``groups``: of ``wide`` tiles of activations. ``panel``: chunks of a row that are decoded at a time.
-``workspace``: 64 bytes that start with a zero, the counter by which each thread takes its part of what follows.
-``ahead``: bytes from what is decoded to what is fetched."""
+"""``source``: activations, ``stride`` bytes from row to row; of several groups, what :func:`emit_prepare` made of
+them. ``groups``: of ``wide`` tiles of activations. ``panel``: chunks of a row that are decoded at a time.
+``workspace``: ``workspace_stride`` bytes of memory a thread. ``ahead``: bytes from what is decoded to what is fetched.
+``thread``: 0, from which threads are counted."""
 
 PREPARE_ARGUMENTS = ("source", "out", "stride", "chunks", "batch", "chunks_a_piece", "pieces_a_tile")
 """``stride``: bytes between rows of activations."""
@@ -48,36 +43,52 @@ SIDE = 16
 """Rows of a tile; each has 16 fp32 or 16 pairs of bf16."""
 
 TILE_BYTES = 1024
-COUNTER_BYTES = 64
 STEPS = 2
 """Tiles that a chunk is wide: 32 values each."""
 
 
-def workspace_bytes(wide: int, groups: int, panel: int, tiles: int) -> int:
-    """Of one thread that works on ``tiles`` tiles of rows at a time: sums, a turned tile, a decoded panel."""
-    return (tiles * groups * wide + 1 + tiles * panel * STEPS) * TILE_BYTES
+def ordered_bytes(tiles: int, chunks: int) -> int:
+    """Of that many tiles of activations in the order of the product."""
+    return tiles * chunks * STEPS * TILE_BYTES
+
+
+def workspace_bytes(wide: int, groups: int, panel: int, tiles: int, chunks: int) -> int:
+    """Of one thread that works on ``tiles`` tiles of rows at a time: activations if there is one group of them, sums, a
+    turned tile, a decoded panel."""
+    own = ordered_bytes(wide, chunks) if groups == 1 else 0
+    return own + (tiles * groups * wide + 1 + tiles * panel * STEPS) * TILE_BYTES
 
 
 def emit_prepare(e: Emitter, level: Level) -> None:
-    """Write the kernel that puts bf16 activations into tiles: ``[tile][chunk][step][16 pairs][16 rows]``.
-
-    Pairs are those that :meth:`Level.decode` puts beside each other. Rows beyond the last repeat it.
-    """
+    """Write the kernel that puts bf16 activations into tiles: ``[tile][chunk][step][16 pairs][16 rows]``."""
     source, out, stride, chunks, batch, a_piece, per_tile = (e.argument(name) for name in PREPARE_ARGUMENTS)
-    order = level.order("dot")
     with e.pieces() as piece:
         tile = piece / per_tile
         first = (piece - tile * per_tile) * a_piece
         last = e.least(first + a_piece, chunks)
-        rows = [source + e.least(tile * SIDE + row, batch - 1) * stride for row in range(SIDE)]
-        with e.loop(first, last) as chunk:
-            found = [e.load(Type("i16", CHUNK), row + chunk * (2 * CHUNK)) for row in rows]
-            to = out + (tile * chunks + chunk) * (STEPS * TILE_BYTES)
-            for step in range(STEPS):
-                elements = order[step * 32 : step * 32 + 32]
-                lines = [e.bits(e.shuffle(values, None, elements), Type("i32", SIDE)) for values in found]
-                for pair, line in enumerate(_transposed(e, lines)):
-                    e.store(line, to + (step * TILE_BYTES + 64 * pair))
+        to = out + tile * chunks * (STEPS * TILE_BYTES)
+        _order(
+            e, level, source, stride, [e.least(tile * SIDE + row, batch - 1) for row in range(SIDE)], first, last, to
+        )
+
+
+def _order(
+    e: Emitter, level: Level, source: Value, stride: Value, rows: list[Value], first: Value, last: Value, to: Value
+) -> None:
+    """Put the chunks from ``first`` to ``last`` of a tile's rows into order.
+
+    Pairs are those that :meth:`Level.decode` puts beside each other. Rows beyond the last repeat it.
+    """
+    order = level.order("dot")
+    addresses = [source + row * stride for row in rows]
+    with e.loop(first, last) as chunk:
+        found = [e.load(Type("i16", CHUNK), row + chunk * (2 * CHUNK)) for row in addresses]
+        place = to + chunk * (STEPS * TILE_BYTES)
+        for step in range(STEPS):
+            elements = order[step * 32 : step * 32 + 32]
+            lines = [e.bits(e.shuffle(values, None, elements), Type("i32", SIDE)) for values in found]
+            for pair, line in enumerate(_transposed(e, lines)):
+                e.store(line, place + (step * TILE_BYTES + 64 * pair))
 
 
 def _transposed(e: Emitter, lines: Sequence[Value]) -> list[Value]:
@@ -104,7 +115,6 @@ def emit(
     high: int,
     wide: int,
     whole: bool,
-    unroll: int,
 ) -> None:
     """Write the kernel for bf16 activations.
 
@@ -113,10 +123,10 @@ def emit(
         halves: Blocks have 32 values, so that a chunk is two blocks; else 64 or more.
         high: Tiles of rows of the weight multiplied at a time.
         wide: Tiles of activations multiplied at a time.
-        whole: There is one group of activations: sums stay in tiles from the first panel to the last.
-        unroll: Rows decoded side by side.
+        whole: There is one group of activations: sums stay in tiles from the first panel to the last, and each thread
+            puts the activations into order for itself, which takes less time than a call for all of them.
     """
-    _Product(e, level, nested, halves, high, wide, whole, unroll).emit()
+    _Product(e, level, nested, halves, high, wide, whole).emit()
 
 
 class _Product:
@@ -129,19 +139,17 @@ class _Product:
         high: int,
         wide: int,
         whole: bool,
-        unroll: int,
     ) -> None:
         self.e, self.level, self.halves, self.high, self.wide, self.whole = e, level, halves, high, wide, whole
-        self.unroll = unroll
-        self.packed, self.x, self.out, self.bias = (e.argument(n) for n in ("packed", "x", "out", "bias"))
+        self.packed, self.out, self.bias = (e.argument(n) for n in ("packed", "out", "bias"))
         self.block_shift, self.rows, self.chunks = (e.argument(n) for n in ("block_shift", "rows", "chunks"))
         self.batch, self.groups, self.panel = (e.argument(n) for n in ("batch", "groups", "panel"))
         self.rows_a_piece = e.argument("rows_a_piece")
         self.scales = Scales(e, nested)
         self.levels = e.load(Type("float", SIDE), e.argument("tables") + TABLE_EXACT)
-        workspace = e.argument("workspace")
-        mine = e.fetch_add(workspace, 1)
-        self.sums = workspace + COUNTER_BYTES + mine * e.argument("workspace_stride")
+        mine = e.argument("workspace") + e.ticket("thread") * e.argument("workspace_stride")
+        self.x = mine if whole else e.argument("source")
+        self.sums = mine + self.chunks * (wide * STEPS * TILE_BYTES) if whole else mine
         tiles = self.rows_a_piece / SIDE if not whole else e.const(I64, high)
         self.turned = self.sums + tiles * self.groups * (wide * TILE_BYTES)
         self.ahead = e.argument("ahead")
@@ -150,6 +158,8 @@ class _Product:
 
     def emit(self) -> None:
         e = self.e
+        if self.whole:
+            self.order()
         self.level.tiles_begin(e)
         with e.pieces(after=lambda: self.level.tiles_end(e)) as piece:
             start = piece * self.rows_a_piece
@@ -159,6 +169,14 @@ class _Product:
                     self.group(row, e.least(row + SIDE * self.high, stop))
             else:
                 self.group(start, stop)
+
+    def order(self) -> None:
+        """Put the activations into order."""
+        e, source, stride = self.e, self.e.argument("source"), self.e.argument("stride")
+        for tile in range(self.wide):
+            rows = [e.least(e.const(I64, tile * SIDE + row), self.batch - 1) for row in range(SIDE)]
+            to = self.x + self.chunks * (tile * STEPS * TILE_BYTES)
+            _order(e, self.level, source, stride, rows, e.const(I64, 0), self.chunks, to)
 
     def group(self, start: Value, stop: Value) -> None:
         """Rows ``start`` to ``stop`` times all activations."""
@@ -209,14 +227,12 @@ class _Product:
     def decode(self, row: Value, first: Value, last: Value, to: Value) -> None:
         """The chunks of 16 rows from ``row`` on, as tiles of bf16; rows beyond the last repeat it."""
         e = self.e
-        with e.loop(0, SIDE, self.unroll) as start:
-            numbers = [e.least(row + start + i, self.rows - 1) * self.chunks for i in range(self.unroll)]
+        with e.loop(0, SIDE) as line:
+            number = e.least(row + line, self.rows - 1) * self.chunks
             with e.loop(first, last) as chunk:
-                place = to + (chunk - first) * (STEPS * TILE_BYTES) + (start << 6)
-                for i, number in enumerate(numbers):
-                    at = number + chunk
-                    for step, values in enumerate(self.values(at)):
-                        e.store(values, place + (step * TILE_BYTES + 64 * i))
+                place = to + (chunk - first) * (STEPS * TILE_BYTES) + (line << 6)
+                for step, values in enumerate(self.values(number + chunk)):
+                    e.store(values, place + step * TILE_BYTES)
 
     def values(self, chunk: Value) -> list[Value]:
         e = self.e
