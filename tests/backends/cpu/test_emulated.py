@@ -190,19 +190,15 @@ def test_the_matrix_unit_takes_bf16_from_four_activations_on(emulated: Callable[
     assert not tiled.takes(4, torch.float32)
     emulated("avx512")
     assert not tiled.takes(4, torch.bfloat16)
-    assert fused.takes_rows(1, 128, tiles=False)
-    assert not fused.takes_rows(1, 192, tiles=False)
 
 
-@pytest.mark.parametrize(
-    ("batch", "columns", "takes"), [(3, 4096, True), (4, 2048, True), (4, 2176, False), (6, 128, False)]
-)
-def test_rows_take_some_more_activations_from_tiles_while_the_cache_holds_them(
-    emulated: Callable[[str], None], batch: int, columns: int, takes: bool
-) -> None:
+def test_rows_of_128_codes_take_up_to_three_activations(emulated: Callable[[str], None]) -> None:
+    emulated("avx512")
+    assert fused.takes_rows(3, 128)
+    assert not fused.takes_rows(4, 128)
+    assert not fused.takes_rows(1, 192)
     emulated("amx")
-    assert fused.takes_rows(batch, columns, tiles=True) is takes
-    assert fused.takes_rows(batch, columns, tiles=False) is (batch <= 3)
+    assert fused.takes_rows(3, 4096)
 
 
 @pytest.mark.parametrize("rule", ["adam", "ademamix", "lion", "rmsprop"])

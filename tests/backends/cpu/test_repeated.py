@@ -88,7 +88,7 @@ def test_tiles_are_repeated_on_more_threads_than_they_were_prepared_for(
     assert repeated_size == ordinary_size
 
 
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_rows_have_memory_for_each_thread_of_the_call(
     emulated: Callable[[str], None],  # noqa: F811
     use_threads: Callable[[int], None],

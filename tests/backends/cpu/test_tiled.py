@@ -10,17 +10,23 @@ from halfbyte.backends.cpu.kernels.tiles import SIDE
 STEP = tiled.HIGH * SIDE
 
 
-def pieces(batch: int, rows: int, threads: int) -> list[int]:
+def pieces(batch: int, rows: int, threads: int, chunks: int = 24) -> list[int]:
     """Rows of each piece."""
-    share = tiled._plan(batch, rows, 24, threads).rows_a_piece
+    share = tiled._plan(batch, rows, chunks, threads).rows_a_piece
     return [min(share, rows - start) for start in range(0, rows, share)]
 
 
 @pytest.mark.parametrize(("rows", "threads"), [(576, 2), (576, 3), (4096, 2), (4096, 7), (11008, 16)])
 def test_many_activations_give_each_thread_as_many_rows(rows: int, threads: int) -> None:
-    found = pieces(128, rows, threads)
+    found = pieces(512, rows, threads)
     busiest = sum(sorted(found, reverse=True)[: -(-len(found) // threads)])
     assert busiest - rows / threads <= 2 * STEP
+
+
+def test_pieces_are_small_while_the_second_level_cache_holds_the_activations() -> None:
+    """128 activations of 4096 columns are a mebibyte."""
+    assert set(pieces(128, 4096, 2, chunks=64)) == {STEP}
+    assert set(pieces(128, 4096, 2, chunks=65)) == {tiled.GROUP_ROWS}
 
 
 @pytest.mark.parametrize("rows", [1, 31, 576, 4096, 100_000])

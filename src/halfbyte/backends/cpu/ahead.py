@@ -51,8 +51,7 @@ def _wide(dtype: str, blocksizes: Sequence[int], nested: Sequence[bool]) -> list
     level, found = host.level(), list[Variant]()
     for double, blocksize in itertools.product(nested, blocksizes):
         if level.wide_rows:
-            most = fused.ROWS_BATCH_SHORT if level.matrix and dtype == "bf16" else fused.ROWS_BATCH
-            for batch in range(1, most + 1):
+            for batch in range(1, fused.ROWS_BATCH + 1):
                 found.append(fused.row_variant(level, dtype, double, fused.blocks_of(blocksize), batch))
         if level.matrix and dtype == "bf16":
             for wide, whole in {(1, True), (tiled.WIDE, True), (tiled.WIDE, False)}:

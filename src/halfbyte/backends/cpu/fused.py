@@ -17,7 +17,6 @@ from halfbyte.backends.cpu.workspace import scratch
 
 __all__ = [
     "ROWS_BATCH",
-    "ROWS_BATCH_SHORT",
     "blocks_of",
     "by_chunks",
     "by_rows",
@@ -32,18 +31,13 @@ PANEL_BYTES = 16 << 10
 ROWS_BATCH = 3
 """Up to this many activations, 128 codes are taken at a time where the level can."""
 
-ROWS_BATCH_SHORT, SHORT_BYTES = 5, 32 << 10
-"""And up to this many instead of tiles, as fp32 in that many bytes of a first-level cache: tiles take one call more."""
-
 TOGETHER = 4
 """Rows that are worked on at once then: enough loads in flight, and no more than registers hold."""
 
 
-def takes_rows(batch: int, columns: int, *, tiles: bool) -> bool:
-    """Whether :func:`by_rows` serves; ``tiles``: else the matrix unit would."""
-    if columns % rows.WIDE or not host.level().wide_rows:
-        return False
-    return batch <= ROWS_BATCH or (tiles and batch <= ROWS_BATCH_SHORT and 4 * batch * columns <= SHORT_BYTES)
+def takes_rows(batch: int, columns: int) -> bool:
+    """Whether :func:`by_rows` serves."""
+    return batch <= ROWS_BATCH and columns % rows.WIDE == 0 and host.level().wide_rows
 
 
 def blocks_of(blocksize: int) -> int:
@@ -56,21 +50,16 @@ def by_rows(batch: int, dtype: torch.dtype, weight: Sizes) -> Product:
     columns, blocks = weight.columns, blocks_of(weight.blocksize)
     product, pairs = _row_kernel(host.level(), DTYPES[dtype], weight.nested, blocks, batch)
     size, groups = batch * columns * (2 if pairs else 4), columns // rows.WIDE
-    together = _together(batch)
-    a_piece = -(-weight.rows // (together * 8 * threads.count())) * together
+    a_piece = -(-weight.rows // (TOGETHER * 8 * threads.count())) * TOGETHER
     pieces = -(-weight.rows // a_piece)
     shift = max(0, weight.blocksize.bit_length() - rows.WIDE.bit_length())
-    numbers = (shift, weight.rows, groups, batch, a_piece, columns // 2 * together, size, 0)
+    numbers = (shift, weight.rows, groups, batch, a_piece, columns // 2 * TOGETHER, size, 0)
 
     def multiply(source: int, stride: int, out: int, packed: int, inputs: tuple[int, ...]) -> None:
         ordered = scratch(threads.count() * size)
         product(pieces, packed, source, stride, ordered, out, *inputs, *numbers)
 
     return multiply
-
-
-def _together(batch: int) -> int:
-    return TOGETHER if batch <= ROWS_BATCH else 1
 
 
 @functools.cache
@@ -83,7 +72,7 @@ def _row_kernel(level: Level, dtype: str, nested: bool, blocks: int, tile: int) 
 def row_variant(level: Level, dtype: str, nested: bool, blocks: int, tile: int) -> Variant:
     """The kernel of :func:`by_rows` for ``tile`` activations of ``dtype``; ``blocks`` share 128 codes."""
     shape = {"nested": nested, "blocks": blocks, "pairs": level.kind(dtype) == "dot"}
-    return "product_rows", {"dtype": dtype, **shape, "together": _together(tile), "tile": tile}
+    return "product_rows", {"dtype": dtype, **shape, "together": TOGETHER, "tile": tile}
 
 
 def by_chunks(batch: int, dtype: torch.dtype, weight: Sizes) -> Product:

@@ -134,10 +134,9 @@ def _planned(level: Level, count: int, batch: int, dtype: torch.dtype, weight: S
     del level, count  # what plans are kept by: those that make them ask for themselves
     if weight.columns % CHUNK:
         return None
-    tiles = tiled.takes(batch, dtype)
-    if fused.takes_rows(batch, weight.columns, tiles=tiles):
+    if fused.takes_rows(batch, weight.columns):
         return fused.by_rows(batch, dtype, weight)
-    if tiles:
+    if tiled.takes(batch, dtype):
         return tiled.by_tiles(batch, weight)
     return fused.by_chunks(batch, dtype, weight) if batch <= _fused_batch(dtype) else None
 

@@ -23,12 +23,13 @@ HIGH, WIDE = 2, 1
 """Tiles of rows and of activations multiplied at a time. Two by two would load less a product, and was slower on
 Sapphire Rapids: there a load from the first-level cache takes the unit as long as a product."""
 
-PANEL, PANEL_MANY = 2, 4
-"""Chunks of a row decoded at a time for one group of activations (a cache line of each row), and for several, whose
+PANEL, PANEL_MANY = 3, 4
+"""Chunks of a row decoded at a time for one group of activations, and for several, whose
 sums are stored and loaded between panels."""
 
-GROUP_ROWS = 128
-"""Rows of the weight whose sums a thread holds for several groups of activations, at most."""
+GROUP_ROWS, CACHED_BYTES = 128, 1 << 20
+"""Rows of the weight whose sums a thread holds for several groups of activations, at most; as few as are multiplied at
+a time if that many bytes hold the activations, which then come from the second-level cache again and again."""
 
 
 def takes(batch: int, dtype: torch.dtype) -> bool:
@@ -59,11 +60,11 @@ def _plan(batch: int, rows: int, chunks: int, count: int) -> _Plan:
     step = HIGH * tiles.SIDE
     if groups == 1:
         panel, held = min(PANEL, chunks), HIGH
-        blocks = max(min(2, rows // (step * count)), rows // (step * 8 * count), 1)  # eight pieces a thread, or fewer
-        share = blocks * step
+        share = max(1, rows // (step * 8 * count)) * step  # at least eight pieces a thread where there are rows
     else:
         panel = min(PANEL_MANY, chunks)
-        share = min(range(step, GROUP_ROWS + 1, step), key=lambda share: (_busiest(rows, share, count), -share))
+        most = step if tiles.ordered_bytes(groups * wide, chunks) <= CACHED_BYTES else GROUP_ROWS
+        share = min(range(step, most + 1, step), key=lambda share: (_busiest(rows, share, count), -share))
         held = share // tiles.SIDE
     return _Plan(wide, groups, panel, share, tiles.workspace_bytes(wide, groups, panel, held, chunks))
 
