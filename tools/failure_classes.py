@@ -34,6 +34,7 @@ def page() -> str:
     """The whole page."""
     texts = {name: len(found) for name, found in json.loads(_read(TESTS / "texts" / "exact.json")).items()}
     named = {path.stem: _read(path) for path in sorted(TESTS.glob("test_*.py")) if path.stem not in _ABOUT_TEXTS}
+    named["test_classes"] += "".join(_read(path) for path in sorted(TESTS.glob("cases_*.py")))
     import_module("halfbyte.doctor.checks")  # registers them
     lines = [HEAD]
     for letter, heading in catalogue.GROUPS.items():
