@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
-from halfbyte import _env
+from halfbyte import _env, optim
 from halfbyte.backends import registry
 from halfbyte.demo import assets
 from tests.support.poison import poisoned
@@ -53,6 +53,13 @@ def poisoned_memory() -> Iterator[None]:
 def fixed_seed() -> None:
     """Every test draws the same numbers, alone or among others."""
     torch.manual_seed(20240)
+
+
+@pytest.fixture(autouse=True)
+def fresh_manager() -> Iterator[None]:
+    """Settings of single parameters, which all optimizers of a process share, are forgotten after each test."""
+    yield
+    optim.GlobalOptimManager.get_instance().initialize()
 
 
 @pytest.fixture

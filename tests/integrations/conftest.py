@@ -9,13 +9,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import halfbyte
-from halfbyte.integrations import libraries
+from halfbyte.integrations import libraries, peft_lora
 from halfbyte.integrations.bitsandbytes.finder import find_installed
 
 LLAMA = LlamaConfig(
@@ -53,6 +55,20 @@ def bnb() -> Iterator[ModuleType]:
 @pytest.fixture(autouse=True)
 def no_progress_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def lora_steps(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Shapes of the inputs with which LoRA on a 4-bit layer was one step."""
+    seen: list[torch.Size] = []
+    real = peft_lora.low_rank_matmul_4bit
+
+    def listed(x: Tensor, *args: Any) -> Tensor:
+        seen.append(x.shape)
+        return real(x, *args)
+
+    monkeypatch.setattr(peft_lora, "low_rank_matmul_4bit", listed)
+    return seen
 
 
 def saved(model: torch.nn.Module, folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,6 @@ LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(6)
     return saved(tiny_llama(), tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def fresh_manager() -> Iterator[None]:
-    yield
-    optim.GlobalOptimManager.get_instance().initialize()
 
 
 def dense(folder: Path) -> LlamaForCausalLM:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,12 +45,6 @@ class Tokens(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = (torch.arange(16) * 7 + index % 4) % 256
         return {"input_ids": row, "labels": row}
-
-
-@pytest.fixture(autouse=True)
-def fresh_manager() -> Iterator[None]:
-    yield
-    optim.GlobalOptimManager.get_instance().initialize()
 
 
 def trained(name: str, folder: Path, **arguments: Any) -> Trainer:

@@ -22,12 +22,6 @@ from tests.support.listening import Listener
 Change = Callable[[Optimizer8bit, list[torch.nn.Parameter]], None]
 
 
-@pytest.fixture(autouse=True)
-def fresh_manager() -> Iterator[None]:
-    yield
-    optim.GlobalOptimManager.get_instance().initialize()
-
-
 def groups(params: list[torch.nn.Parameter]) -> list[dict[str, object]]:
     return [{"params": params[:2]}, {"params": params[2:3], "weight_decay": 0.1}, {"params": params[3:]}]
 
