@@ -14,6 +14,13 @@ from halfbyte.doctor.model import Measurement
 from tests.doctor.cases import CPU_BUILD, FAIL, PEER, T4, WARN, Case, step
 from tests.support.doctor_facts import H100, package_table, proof_of
 
+
+def four_bits_as_fast(factor: float) -> dict[str, Proofs]:
+    """A proof in which 4-bit layers are that many times as fast as those in 16 bits."""
+    speed = StepProof("done", measurements=(Measurement("cuda:0", "speed", factor, 0.8, "x", True),))
+    return {"proofs": Proofs((proof_of(H100, speed_4bit=speed),))}
+
+
 CASES = (
     # E. Python environment and Hugging Face stack
     Case(
@@ -72,36 +79,7 @@ CASES = (
     ),
     Case("F3", "GPU110", {"gpu": {"jetson": "# R36 (release)"}, "host": Host(machine="aarch64")}, "jetson", WARN),
     # G. Silent
-    Case(
-        "G1",
-        "SPEED104",
-        {
-            "proofs": Proofs(
-                (
-                    proof_of(
-                        H100,
-                        speed_4bit=StepProof(
-                            "done", measurements=(Measurement("cuda:0", "speed", 0.4, 0.8, "x", True),)
-                        ),
-                    ),
-                )
-            )
-        },
-        "SPEED101",
-        WARN,
-        {
-            "proofs": Proofs(
-                (
-                    proof_of(
-                        H100,
-                        speed_4bit=StepProof(
-                            "done", measurements=(Measurement("cuda:0", "speed", 2.4, 0.8, "x", True),)
-                        ),
-                    ),
-                )
-            )
-        },
-    ),
+    Case("G1", "SPEED104", four_bits_as_fast(0.4), "SPEED101", WARN, four_bits_as_fast(2.4)),
     Case("G3", "MEM105", {"gpu": {"smi": (SmiGpu("NVIDIA H100", 81559, 70000, (9, 0)),)}}, "nvidia-smi", WARN),
     Case("G6", "TORCH110", {"torch_import": {"devices": (T4,)}}, "torch.float16", WARN),
 )

@@ -21,6 +21,9 @@ from tests.support.hard_inputs import DTYPES, weights
 
 ROWS, COLUMNS = 50, 256
 
+OnTiles = tuple[tuple[object, ...], Tensor, Callable[[Tensor], Tensor]]
+"""What gemm_4bit takes after the activations, activations, and what repeats their product."""
+
 
 def arguments(blocksize: int = 64, double: bool = False, biased: torch.dtype | None = None) -> tuple[object, ...]:
     """What gemm_4bit takes after the activations."""
@@ -68,19 +71,33 @@ def test_the_result_has_the_activations_leading_dimensions() -> None:
     assert torch.equal(call(x), cpu.gemm_4bit(x, *weight))
 
 
+@pytest.fixture
+def prepared_for_one_thread(
+    emulated: Callable[[str], None],  # noqa: F811
+    use_threads: Callable[[int], None],
+) -> Callable[[int], OnTiles]:
+    """Prepares a product of so many activations by the emulated matrix unit."""
+
+    def prepare(batch: int) -> OnTiles:
+        emulated("amx")
+        use_threads(1)
+        weight, x = arguments(), torch.randn(batch, COLUMNS).bfloat16()
+        call = repeated(x, *weight)
+        assert call is not None
+        return weight, x, call
+
+    return prepare
+
+
 @pytest.mark.parametrize("batch", [6, 40])
 def test_tiles_are_repeated_on_more_threads_than_they_were_prepared_for(
-    emulated: Callable[[str], None],  # noqa: F811
+    prepared_for_one_thread: Callable[[int], OnTiles],
     use_threads: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
     batch: int,
 ) -> None:
     """Each thread works in memory of its own, so their number counts at the time of the call."""
-    emulated("amx")
-    weight, x = arguments(), torch.randn(batch, COLUMNS).bfloat16()
-    use_threads(1)
-    call = repeated(x, *weight)
-    assert call is not None
+    weight, x, call = prepared_for_one_thread(batch)
     sizes = recorded_sizes(monkeypatch, tiled)
     use_threads(4)
     assert torch.equal(call(x), cpu.gemm_4bit(x, *weight))
@@ -90,17 +107,14 @@ def test_tiles_are_repeated_on_more_threads_than_they_were_prepared_for(
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_rows_have_memory_for_each_thread_of_the_call(
-    emulated: Callable[[str], None],  # noqa: F811
+    prepared_for_one_thread: Callable[[int], OnTiles],
     use_threads: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
     batch: int,
 ) -> None:
     """Each puts the activations into order for itself, also where a product was prepared for fewer threads."""
-    emulated("amx")
-    weight, x = arguments(), torch.randn(batch, COLUMNS).bfloat16()
-    use_threads(1)
-    call, sizes = repeated(x, *weight), recorded_sizes(monkeypatch, fused)
-    assert call is not None
+    _, x, call = prepared_for_one_thread(batch)
+    sizes = recorded_sizes(monkeypatch, fused)
     alone = call(x)
     use_threads(4)
     assert torch.equal(call(x), alone)
