@@ -7,6 +7,7 @@ import halfbyte.functional as F
 from halfbyte.autograd import matmul_4bit
 from halfbyte.errors import ArgumentError, QuantStateMissingError
 from tests.support.hard_inputs import DTYPES, weights
+from tests.support.listening import Listener
 from tests.support.tolerances import close, product
 
 
@@ -42,6 +43,38 @@ def test_product_and_gradients_equal_those_of_the_dense_weight_in_float64(
         close("dbias", bias.grad, bias64.grad, product(dtype), grad.double().abs().reshape(-1, 32).sum(0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_has_second_derivatives(dtype: torch.dtype) -> None:
+    codes, state, W = packed()
+    A, grad = (torch.randn(3, n).to(dtype).requires_grad_() for n in (64, 32))
+    (first,) = torch.autograd.grad(matmul_4bit(A, codes, state), A, grad, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), grad)
+    assert second.dtype == dtype
+    close("second", second, W.sum(1).expand(3, 32), product(dtype), W.abs().sum(1).expand(3, 32))
+
+
+def test_a_given_gradient_that_learns_takes_the_op_in_a_plain_backward_pass() -> None:
+    codes, state, _ = packed()
+    y = matmul_4bit(torch.randn(3, 64, requires_grad=True), codes, state)
+    with Listener() as listener:
+        y.backward(torch.ones_like(y).requires_grad_())
+    assert "halfbyte.gemm_4bit_dgrad.default" in listener.heard
+
+
+def test_a_bias_is_cast_to_the_activations_dtype() -> None:
+    codes, state, _ = packed()
+    A, bias = torch.randn(3, 64).bfloat16(), torch.randn(32)
+    assert torch.equal(matmul_4bit(A, codes, state, bias=bias), matmul_4bit(A, codes, state, bias=bias.bfloat16()))
+
+
+def test_gradients_of_an_fp32_bias_beside_16_bit_activations_are_summed_in_fp32() -> None:
+    codes, state, _ = packed()
+    bias = torch.zeros(32, requires_grad=True)
+    matmul_4bit(torch.zeros(257, 64, dtype=torch.bfloat16), codes, state, bias=bias).sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((32,), 257.0))  # in bf16: 256
+
+
 def test_a_product_without_gradient_is_the_same() -> None:
     codes, state, _ = packed()
     A = torch.randn(3, 64)
@@ -72,6 +105,22 @@ def test_out_is_filled_and_returned() -> None:
     A, out = torch.randn(3, 64), torch.zeros(3, 32)
     assert matmul_4bit(A, codes, state, out=out) is out
     assert torch.equal(out, matmul_4bit(A, codes, state))
+
+
+def test_out_is_filled_where_gradients_are_wanted_too() -> None:
+    codes, state, _ = packed()
+    A, bias, out = torch.randn(3, 64), torch.zeros(32, requires_grad=True), torch.zeros(3, 32)
+    matmul_4bit(A, codes, state, out=out, bias=bias)
+    assert torch.equal(out, matmul_4bit(A, codes, state))
+
+
+@pytest.mark.filterwarnings("ignore:the weight was quantized with shape")
+def test_a_weight_quantized_input_first_takes_16_bit_activations_and_a_bias() -> None:
+    codes, state, W = packed()
+    A, bias = torch.randn(3, 32).bfloat16(), torch.randn(64)
+    y = matmul_4bit(A, codes, state, bias=bias)
+    assert y.dtype == torch.bfloat16
+    close("y", y, A.double() @ W + bias, product(torch.bfloat16), A.double().abs() @ W.abs() + bias.abs())
 
 
 def test_a_weight_quantized_input_first_still_multiplies_with_a_warning() -> None:

@@ -12,6 +12,7 @@ from halfbyte.errors import QuantStateMissingError, UnsupportedError
 from halfbyte.nn import Int8Params
 from tests.support.hard_inputs import DTYPES
 from tests.support.int8_inputs import THRESHOLD, activations, int8_weight
+from tests.support.listening import Listener
 from tests.support.tolerances import TOLERANCES, close, product
 
 N, K = 24, 64
@@ -47,6 +48,32 @@ def test_a_frozen_weight_passes_its_dequantized_self_to_the_activations_gradient
     flat = grad.double().view(-1, N)
     close("bias", bias.grad, flat.sum(0), TOLERANCES["product fp32"], flat.abs().sum(0))
     assert A.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_frozen_weight_has_second_derivatives(dtype: torch.dtype) -> None:
+    state, A = frozen(), activations(3, K, dtype).requires_grad_()
+    grad = torch.randn(3, N).to(dtype).requires_grad_()
+    (first,) = torch.autograd.grad(matmul(A, state.CB, state=state), A, grad, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), grad)
+    weight = weight_of(state).double()
+    assert second.dtype == dtype
+    close("second", second, weight.sum(1).expand(3, N), product(dtype), weight.abs().sum(1).expand(3, N))
+
+
+def test_a_given_gradient_that_learns_takes_the_op_in_a_plain_backward_pass() -> None:
+    state, A = frozen(), activations(3, K).requires_grad_()
+    out = matmul(A, state.CB, state=state)
+    with Listener() as listener:
+        out.backward(torch.ones_like(out).requires_grad_())
+    assert "halfbyte.int8_linear_dgrad.default" in listener.heard
+
+
+def test_gradients_of_an_fp32_bias_beside_16_bit_activations_are_summed_in_fp32() -> None:
+    state, bias = frozen(), torch.zeros(N, requires_grad=True)
+    matmul(torch.zeros(257, K, dtype=torch.bfloat16), state.CB, state=state, bias=bias).sum().backward()
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, torch.full((N,), 257.0))  # in bf16: 256
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES)
@@ -123,6 +150,14 @@ def test_out_is_filled_and_returned() -> None:
     state, A, out = frozen(), activations(3, K), torch.empty(3, N)
     assert matmul(A, state.CB, out=out, state=state) is out
     assert torch.equal(out, matmul(A, state.CB, state=state))
+
+
+@pytest.mark.parametrize("function", [MatMul8bitLt, MatMul8bitFp])
+def test_out_is_filled_where_gradients_are_wanted_too(function: type[torch.autograd.Function]) -> None:
+    state, A, out = frozen(), activations(3, K), torch.full((3, N), float("nan"))
+    bias = torch.zeros(N, requires_grad=True)
+    function.apply(A, state.CB, out, bias, state)
+    assert torch.equal(out, function.apply(A, state.CB, None, bias, state))
 
 
 def test_the_function_can_be_applied_by_itself() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from tests.support.repeating import offer_gradients, repeating
+from halfbyte.backends import registry
+from tests.support.repeating import LAYERS, offer_gradients, repeating
 
 
 @pytest.fixture
@@ -25,6 +27,27 @@ def repeated_gradients(repeats: list[torch.Size]) -> list[torch.Size]:
 
 
 @pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, repeats: list[torch.Size]) -> list[str]:
+    """Ops of which layers asked that backend what repeats them."""
+    del repeats
+    ops: list[str] = []
+    real: Callable[..., Any] = registry.prepare
+
+    def listed(op: str, *args: Any) -> Any:
+        ops.append(op)
+        return real(op, *args)
+
+    monkeypatch.setattr(registry, "prepare", listed)
+    return ops
+
+
+@pytest.fixture
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(params=LAYERS)
+def layer_of(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Makes a layer, of other values with another seed."""
+    return LAYERS[request.param]

@@ -14,16 +14,10 @@ from torch import Tensor
 
 from halfbyte.nn.repeated import SHAPES
 from tests.support.listening import Listener
-from tests.support.repeating import LAYERS, K, N, X, ordinary
+from tests.support.repeating import LAYERS, K, N, X, misaligned, ordinary
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 OPS = {"4 bits": "halfbyte.gemm_4bit.default", "8 bits": "halfbyte.int8_linear.default"}
-
-
-@pytest.fixture(params=LAYERS)
-def layer_of(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """Makes a layer, of other values with another seed."""
-    return LAYERS[request.param]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -44,6 +38,28 @@ def test_every_shape_is_learned_by_itself(layer_of: Callable[..., Any], repeats:
     for x in shapes:
         assert layer(x).shape == (*x.shape[:-1], N)
     assert repeats == [x.shape for x in shapes]
+
+
+def test_activations_on_another_device_take_the_ordinary_way(
+    layer_of: Callable[..., Any], repeats: list[torch.Size]
+) -> None:
+    layer = layer_of()
+    layer(X)
+    assert layer._repeated.product(layer, X.to("meta")) is None
+    assert repeats == []
+
+
+def test_misaligned_activations_take_the_ordinary_way(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
+    layer = layer_of()
+    expected = layer(X)
+    torch.testing.assert_close(layer(misaligned(X)), expected)
+    assert repeats == []
+
+
+def test_the_backend_is_asked_once_for_each_shape(layer_of: Callable[..., Any], asked: list[str]) -> None:
+    layer = layer_of()
+    layer(X), layer(misaligned(X)), layer(misaligned(X)), layer(X[:1])
+    assert len(asked) == 2
 
 
 KINDS: dict[str, Callable[[], Tensor]] = {
@@ -94,6 +110,15 @@ def test_a_dtype_that_the_backend_does_not_repeat_leaves_others_alone(
     assert repeats == [X.shape]
 
 
+@pytest.mark.usefixtures("repeats")
+def test_what_the_backend_does_not_repeat_on_one_device_is_open_on_another(layer_of: Callable[..., Any]) -> None:
+    layer, x = layer_of(bias=False), X.half()
+    layer.compute_dtype = None  # of 4 bits: the activations' own
+    layer(x)
+    assert layer._repeated._refused(x)
+    assert not layer._repeated._refused(x.to("meta"))
+
+
 def replace_bias(layer: Any) -> None:
     layer.bias = torch.nn.Parameter(torch.ones(N))
 
@@ -127,6 +152,38 @@ def test_another_bias_is_added(
     assert len(repeats) == 1
 
 
+def rebuild_weight(layer: Any) -> None:
+    weight = layer.weight
+    layer.weight = type(weight)(weight.data, requires_grad=False, **vars(weight))
+
+
+def rebuild_state(layer: Any) -> None:
+    layer.weight.quant_state = copy.copy(layer.weight.quant_state)
+
+
+def rebuild_scales(layer: Any) -> None:
+    layer.weight.SCB = layer.weight.SCB.detach()
+
+
+RENEWALS = [
+    ("4 bits", replace_bias), ("8 bits", replace_bias), ("4 bits", rebuild_weight), ("8 bits", rebuild_weight),
+    ("4 bits", rebuild_state), ("8 bits", rebuild_scales),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "change"), RENEWALS, ids=[f"{kind}-{change.__name__}" for kind, change in RENEWALS])
+def test_other_tensors_are_repeated_from_the_second_call_on_whatever_memory_they_are_in(
+    repeats: list[torch.Size], kind: str, change: Callable[[Any], None]
+) -> None:
+    layer = LAYERS[kind]()
+    layer(X)
+    change(layer)
+    layer(X)
+    assert repeats == []
+    layer(X)
+    assert repeats == [X.shape]
+
+
 def test_a_bias_that_was_missing_is_added(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
     layer = layer_of(bias=False)
     without = layer(X), layer(X)
@@ -153,6 +210,15 @@ def test_a_bias_that_is_computed_in_each_call_takes_the_ordinary_way(
     assert repeats == [X.shape]
 
 
+def test_the_backend_is_not_asked_to_repeat_a_bias_that_is_computed(
+    layer_of: Callable[..., Any], asked: list[str]
+) -> None:
+    layer = layer_of()
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    layer(X), layer(X)
+    assert asked == []
+
+
 def test_a_bias_that_came_after_a_call_without_one_and_is_computed_is_added(
     layer_of: Callable[..., Any], repeats: list[torch.Size]
 ) -> None:
@@ -172,16 +238,6 @@ def test_a_weight_that_stands_behind_a_parametrization_is_multiplied(
     torch.nn.utils.parametrize.register_parametrization(layer, "weight", torch.nn.Identity())
     for _ in range(2):
         torch.testing.assert_close(layer(X), expected[0])
-    assert repeats == [X.shape]
-
-
-def test_a_bias_that_learns_is_enough_for_gradients(layer_of: Callable[..., Any], repeats: list[torch.Size]) -> None:
-    layer = layer_of()
-    for _ in range(2):
-        layer.bias.grad = None
-        with torch.enable_grad():
-            layer(X).sum().backward()
-        torch.testing.assert_close(layer.bias.grad, torch.full((N,), float(len(X))))
     assert repeats == [X.shape]
 
 

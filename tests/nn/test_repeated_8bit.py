@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
+from halfbyte.errors import QuantStateMissingError
 from halfbyte.nn import Int8Params, Linear8bitLt
 from tests.support.repeating import K, N, X, linear_8bit, ordinary
 
@@ -27,6 +28,12 @@ def narrow_in_place(layer: Linear8bitLt) -> None:
     layer.weight.data = layer.weight.data[: N // 2]
     layer.weight.SCB = layer.weight.SCB[: N // 2]
     layer.bias = None
+
+
+def narrow_data_in_place(layer: Linear8bitLt) -> None:
+    layer.weight.data = layer.weight.data[: N // 2]
+    layer.weight.SCB.data = layer.weight.SCB.data[: N // 2]
+    layer.bias.data = layer.bias.data[: N // 2]
 
 
 def replace_scales(layer: Linear8bitLt) -> None:
@@ -59,8 +66,8 @@ def merge(layer: Linear8bitLt) -> None:
 
 
 CHANGES = [
-    replace_weight, replace_data, narrow_in_place, replace_scales, replace_data_of_the_scales, write_to_the_state,
-    write_scales_to_the_state, replace_threshold, load, merge,
+    replace_weight, replace_data, narrow_in_place, narrow_data_in_place, replace_scales, replace_data_of_the_scales,
+    write_to_the_state, write_scales_to_the_state, replace_threshold, load, merge,
 ]  # fmt: skip
 
 
@@ -81,11 +88,33 @@ def test_a_layer_that_changed_computes_with_what_it_has_now(
     assert len(repeats) == 2
 
 
-@pytest.mark.usefixtures("no_grad")
-def test_misaligned_activations_take_the_ordinary_way(repeats: list[torch.Size]) -> None:
+def lose_scales(layer: Linear8bitLt) -> None:
+    layer.weight.SCB = None
+
+
+def lose_weight(layer: Linear8bitLt) -> None:
+    codes = layer.weight.data
+    del layer.weight
+    layer.weight = codes.float()  # no parameter any more
+
+
+@pytest.mark.parametrize("change", [lose_scales, lose_weight], ids=lambda change: change.__name__)
+@pytest.mark.usefixtures("no_grad", "repeats")
+def test_scales_that_are_gone_are_missed_as_in_the_ordinary_way(change: Callable[[Linear8bitLt], None]) -> None:
     layer = linear_8bit()
-    expected = layer(X)
-    assert torch.equal(layer(torch.empty(X.numel() + 1)[1:].view_as(X).copy_(X)), expected)
+    layer(X), layer(X)
+    change(layer)
+    with pytest.raises(QuantStateMissingError, match="without their scales"):
+        layer(X)
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_a_weight_whose_codes_became_floats_is_not_repeated(repeats: list[torch.Size]) -> None:
+    layer = linear_8bit()
+    layer.state.has_fp16_weights = True
+    layer.weight.data = torch.randn(N, K)  # its scales stay
+    for _ in range(3):
+        torch.testing.assert_close(layer(X), ordinary(layer, X), rtol=0, atol=0)
     assert repeats == []
 
 
@@ -116,15 +145,6 @@ def test_gradients_are_those_of_the_ordinary_way(repeats: list[torch.Size]) -> N
     assert repeats == [X.shape, X.shape]
 
 
-def test_misaligned_activations_with_gradients_take_the_ordinary_way(repeats: list[torch.Size]) -> None:
-    layer, weight = linear_8bit(), torch.randn(3, N)
-    expected = gradients(layer, X, weight)
-    off = torch.empty(X.numel() + 1)[1:].view_as(X).copy_(X).requires_grad_()
-    (layer(off) * weight).sum().backward()
-    assert torch.equal(off.grad, expected[0])
-    assert repeats == []
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_learn_alike(repeats: list[torch.Size], reentrant: bool) -> None:
     layer, weight = linear_8bit(), torch.randn(3, N)
@@ -134,6 +154,15 @@ def test_checkpointed_layers_learn_alike(repeats: list[torch.Size], reentrant: b
     (out * weight).sum().backward()
     assert torch.equal(x.grad, expected[0])
     assert len(repeats) == 2
+
+
+def test_gradients_of_an_fp32_bias_beside_16_bit_activations_are_summed_in_fp32(repeats: list[torch.Size]) -> None:
+    layer, x = linear_8bit(), torch.zeros(257, K, dtype=torch.bfloat16)
+    for _ in range(2):
+        layer.bias.grad = None
+        layer(x).sum().backward()
+    assert repeats == [x.shape]
+    assert torch.equal(layer.bias.grad, torch.full((N,), 257.0))  # in bf16: 256
 
 
 @pytest.mark.usefixtures("repeats")

@@ -17,7 +17,18 @@ from halfbyte.nn import Linear4bit, Linear8bitLt
 from tests.support.int8_inputs import THRESHOLD, activations
 from tests.support.listening import Listener
 
-__all__ = ["LAYERS", "K", "N", "X", "linear_4bit", "linear_8bit", "offer_gradients", "ordinary", "repeating"]
+__all__ = [
+    "LAYERS",
+    "K",
+    "N",
+    "X",
+    "linear_4bit",
+    "linear_8bit",
+    "misaligned",
+    "offer_gradients",
+    "ordinary",
+    "repeating",
+]
 
 NAME = "repeating"
 N, K = 32, 64
@@ -43,25 +54,35 @@ def ordinary(layer: torch.nn.Module, x: Tensor) -> Tensor:
         return layer(x)
 
 
+def misaligned(x: Tensor) -> Tensor:
+    """The same values in memory that does not begin where kernels want it."""
+    return torch.empty(x.numel() + 1)[1:].view_as(x).copy_(x)
+
+
 def _frozen(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().clone()
 
 
 @contextmanager
 def repeating() -> Iterator[list[torch.Size]]:
-    """Registers the backend, and lists the shapes of activations whose products it repeated: of any but fp16 ones."""
+    """Registers the backend, and lists the shapes of activations whose products it repeated.
+
+    It offers nothing for fp16 ones, and where memory is not aligned what it offered gives no product.
+    """
     seen: list[torch.Size] = []
 
     def prepare_4bit(
         x: Tensor, packed: Tensor, shape: Any, absmax: Tensor, *rest: Any
-    ) -> Callable[[Tensor], Tensor] | None:
+    ) -> Callable[[Tensor], Tensor | None] | None:
         if x.dtype == torch.float16:
             return None
         blocksize, kind, bias, *nested = rest
         weight = four_bit.dequantize_4bit(packed, absmax, blocksize, kind, shape, x.dtype, *nested)
         added = _frozen(bias)
 
-        def call(x: Tensor) -> Tensor:
+        def call(x: Tensor) -> Tensor | None:
+            if x.data_ptr() % 16:
+                return None
             seen.append(x.shape)
             return F.linear(x, weight, added)
 
@@ -86,6 +107,7 @@ def repeating() -> Iterator[list[torch.Size]]:
     try:
         implements(NAME, "gemm_4bit", prepare=prepare_4bit)(four_bit.gemm_4bit)
         implements(NAME, "int8_linear", prepare=prepare_8bit)(int8.int8_linear)
+        implements(NAME, "int8_linear_dgrad")(lambda grad, *weight: int8.int8_linear_dgrad(grad.detach(), *weight))
         yield seen
     finally:
         registry.unregister(NAME)

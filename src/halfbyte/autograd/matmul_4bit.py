@@ -57,7 +57,6 @@ class _RepeatedMatMul4Bit(torch.autograd.Function):
         ctx: Any, A: Tensor, B: Tensor, bias: Tensor | None, layer: Any, call: Callable[[Tensor], Tensor | None]
     ) -> Tensor:
         ctx.layer, ctx.weight, ctx.quant_state = layer, B, B.quant_state  # pyright: ignore[reportAttributeAccessIssue]
-        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(B)
         result = call(A)
         return _product(A, B, ctx.quant_state, bias, direct=True) if result is None else result
@@ -67,7 +66,7 @@ class _RepeatedMatMul4Bit(torch.autograd.Function):
         (grad,) = grads
         grad_A = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_bias = bias_gradient(grad, ctx.bias_dtype)
+            grad_bias = bias_gradient(grad, grad.dtype)  # the bias has the dtype of the product here
         if ctx.needs_input_grad[0]:
             grad_A = ctx.layer.input_gradient(grad, ctx.weight, ctx.quant_state)
         return grad_A, None, grad_bias, None, None

@@ -145,14 +145,14 @@ class _RepeatedMatMul(torch.autograd.Function):
         call: Callable[[Tensor], Tensor | None],
     ) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(None, CB, SCB)
+        ctx.save_for_backward(CB, SCB)
         result = call(A)
         return _call("int8_linear", A)(A, CB, SCB, threshold, bias, None) if result is None else result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None, None]:
         (grad,) = grads
-        _, CB, SCB = ctx.saved_tensors
+        CB, SCB = ctx.saved_tensors
         grad_A = _gradient(grad, CB, SCB) if ctx.needs_input_grad[0] else None
         grad_bias = None
         if ctx.needs_input_grad[3]:

@@ -57,7 +57,7 @@ class Repeated4bit(Repeated):
 
     def _holds(self, weight: Any) -> bool:
         """Whether the weight's tensors are where they were."""
-        if weight is None or weight is not self._weight():
+        if weight is not self._weight():
             return False
         state = getattr(weight, "quant_state", None)
         if state is None or state is not self._state():
@@ -80,8 +80,8 @@ class Repeated4bit(Repeated):
             self._keep(self._calls, x.shape, _prepared("gemm_4bit", x, weight, state, bias))
 
     def learn_gradient(self, grad: Tensor, weight: Tensor, state: QuantState) -> None:
-        """Ask the backend for what repeats ``grad @ weight``, which was made by the ordinary way just now."""
-        fits = self._fits(grad) and grad.is_contiguous() and not (_is_grad_enabled() and grad.requires_grad)
+        """Ask the backend for what repeats ``grad @ weight``, just made by the ordinary way; contiguous."""
+        fits = self._fits(grad) and not (_is_grad_enabled() and grad.requires_grad)
         if fits and grad.shape not in self._gradients and registry.undisturbed(grad) and self._holds(weight):
             self._keep(self._gradients, grad.shape, _prepared("gemm_4bit_dgrad", grad, weight, state))
 
