@@ -27,18 +27,18 @@ def repeated_gradients(repeats: list[torch.Size]) -> list[torch.Size]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch, repeats: list[torch.Size]) -> list[str]:
-    """Ops of which layers asked that backend what repeats them."""
+def asked(monkeypatch: pytest.MonkeyPatch, repeats: list[torch.Size]) -> list[tuple[Any, ...]]:
+    """Ops, and what they take, of which layers asked that backend what repeats them."""
     del repeats
-    ops: list[str] = []
+    calls: list[tuple[Any, ...]] = []
     real: Callable[..., Any] = registry.prepare
 
     def listed(op: str, *args: Any) -> Any:
-        ops.append(op)
+        calls.append((op, *args))
         return real(op, *args)
 
     monkeypatch.setattr(registry, "prepare", listed)
-    return ops
+    return calls
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def test_misaligned_activations_take_the_ordinary_way(layer_of: Callable[..., An
     assert repeats == []
 
 
-def test_the_backend_is_asked_once_for_each_shape(layer_of: Callable[..., Any], asked: list[str]) -> None:
+def test_the_backend_is_asked_once_for_each_shape(layer_of: Callable[..., Any], asked: list[Any]) -> None:
     layer = layer_of()
     layer(X), layer(misaligned(X)), layer(misaligned(X)), layer(X[:1])
     assert len(asked) == 2
@@ -211,7 +211,7 @@ def test_a_bias_that_is_computed_in_each_call_takes_the_ordinary_way(
 
 
 def test_the_backend_is_not_asked_to_repeat_a_bias_that_is_computed(
-    layer_of: Callable[..., Any], asked: list[str]
+    layer_of: Callable[..., Any], asked: list[Any]
 ) -> None:
     layer = layer_of()
     torch.nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,13 @@ def test_a_weight_whose_codes_became_floats_is_not_repeated(repeats: list[torch.
     for _ in range(3):
         torch.testing.assert_close(layer(X), ordinary(layer, X), rtol=0, atol=0)
     assert repeats == []
+
+
+@pytest.mark.usefixtures("no_grad")
+def test_the_backend_is_asked_with_plain_tensors(asked: list[Any]) -> None:
+    linear_8bit()(X)
+    ((_, *given),) = asked
+    assert {type(each) for each in given if isinstance(each, Tensor)} == {Tensor, torch.nn.Parameter}  # that: the bias
 
 
 @pytest.mark.usefixtures("no_grad")
