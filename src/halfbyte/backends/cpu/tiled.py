@@ -24,8 +24,8 @@ HIGH, WIDE = 2, 1
 Sapphire Rapids: there a load from the first-level cache takes the unit as long as a product."""
 
 PANEL, PANEL_MANY = 3, 4
-"""Chunks of a row decoded at a time for one group of activations, and for several, whose
-sums are stored and loaded between panels."""
+"""Chunks of a row decoded at a time for one group of activations, and for several, whose sums are stored and loaded
+between panels."""
 
 GROUP_ROWS, CACHED_BYTES = 128, 1 << 20
 """Rows of the weight whose sums a thread holds for several groups of activations, at most; as few as are multiplied at

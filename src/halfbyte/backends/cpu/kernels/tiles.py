@@ -66,10 +66,8 @@ def emit_prepare(e: Emitter, level: Level) -> None:
         tile = piece / per_tile
         first = (piece - tile * per_tile) * a_piece
         last = e.least(first + a_piece, chunks)
-        to = out + tile * chunks * (STEPS * TILE_BYTES)
-        _order(
-            e, level, source, stride, [e.least(tile * SIDE + row, batch - 1) for row in range(SIDE)], first, last, to
-        )
+        rows = [e.least(tile * SIDE + row, batch - 1) for row in range(SIDE)]
+        _order(e, level, source, stride, rows, first, last, out + tile * chunks * (STEPS * TILE_BYTES))
 
 
 def _order(
