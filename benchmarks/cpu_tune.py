@@ -85,8 +85,7 @@ def main() -> None:
             if level.wide_rows and batch <= 4:
                 cases["rows"] = with_values(multiply, (fused, "ROWS_BATCH", 4), (fused, "_tile", default_tile))
             if level.matrix and dtype == torch.bfloat16:
-                tiles_alone = ((fused, "ROWS_BATCH", 0), (tiled, "LEAST", 1))
-                cases["matrix unit"] = with_values(multiply, *tiles_alone)
+                cases["matrix unit"] = with_values(multiply, (fused, "ROWS_BATCH", 0), (tiled, "LEAST", 1))
             report(f"{name} M={batch}", cases, args.seconds)
     fused._tile, tiled.LEAST, fused.ROWS_BATCH, matmul._fused_batch = default_tile, default_least, default_rows, always
     for name, dtype in DTYPES.items():

@@ -180,7 +180,7 @@ class Linear8bitLt(Holds8bit, torch.nn.Linear):
         self.state = LayerState(self)
         for name in ("threshold", "has_fp16_weights", "is_training", "use_pool"):
             setattr(self.state, name, fields.get(name, getattr(self.state, name)))
-        weight = self._parameters.get("weight")
+        weight = self._parameters["weight"]
         if weight is None or isinstance(weight, Int8Params):
             return
         marks = {name: value for name, value in vars(weight).items() if name not in {"CB", "SCB", "has_fp16_weights"}}

@@ -124,11 +124,9 @@ def test_tiles_in_many_panels_and_pieces(emulated: Callable[[str], None], monkey
     monkeypatch.setattr(tiled, "PANEL", 3)
     monkeypatch.setattr(tiled, "PANEL_MANY", 3)
     monkeypatch.setattr(tiled, "GROUP_ROWS", 64)
-    tiled._plan.cache_clear()
     cpu._planned.cache_clear()
     for batch in (9, 40):
         check(batch, 200, 704, torch.bfloat16)
-    tiled._plan.cache_clear()
     cpu._planned.cache_clear()
 
 

@@ -15,15 +15,7 @@ from halfbyte.backends.cpu.kernels.product import ROWS
 from halfbyte.backends.cpu.weight import Sizes
 from halfbyte.backends.cpu.workspace import scratch
 
-__all__ = [
-    "ROWS_BATCH",
-    "blocks_of",
-    "by_chunks",
-    "by_rows",
-    "row_variant",
-    "takes_rows",
-    "tiles_in_use",
-]
+__all__ = ["ROWS_BATCH", "blocks_of", "by_chunks", "by_rows", "row_variant", "takes_rows", "tiles_in_use"]
 
 PANEL_BYTES = 16 << 10
 """Activations that a tile works on at a time: half of the smallest first-level cache."""

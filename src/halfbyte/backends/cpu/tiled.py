@@ -53,7 +53,6 @@ class _Plan:
         return self.groups * self.wide if self.groups > 1 else 0
 
 
-@functools.lru_cache(maxsize=256)
 def _plan(batch: int, rows: int, chunks: int, count: int) -> _Plan:
     wide = min(WIDE, -(-batch // tiles.SIDE))
     groups = -(-batch // (wide * tiles.SIDE))
@@ -82,17 +81,16 @@ def variants(nested: bool, halves: bool, wide: int, whole: bool) -> list[Variant
 
 def by_tiles(batch: int, weight: Sizes) -> Product:
     """From a few activations to any number of them."""
-    nested, halves = weight.nested, weight.blocksize < CHUNK
-    ways: dict[int, Product] = {}
+
+    @functools.cache
+    def way(count: int) -> Product:
+        plan = _plan(batch, weight.rows, weight.chunks, count)
+        found = variants(weight.nested, weight.blocksize < CHUNK, plan.wide, plan.groups == 1)
+        return _way(plan, batch, weight, count, *(kernel(name, **variant) for name, variant in found))
 
     def multiply(source: int, stride: int, out: int, packed: int, inputs: tuple[int, ...]) -> None:
-        count = threads.count()  # each has memory of its own, so the number must be that of this call
-        way = ways.get(count)
-        if way is None:
-            plan = _plan(batch, weight.rows, weight.chunks, count)
-            product, *prepare = (kernel(name, **v) for name, v in variants(nested, halves, plan.wide, plan.groups == 1))
-            way = ways[count] = _way(plan, batch, weight, count, product, *prepare)
-        way(source, stride, out, packed, inputs)
+        # Each thread has memory of its own, so their number must be that of this call.
+        way(threads.count())(source, stride, out, packed, inputs)
 
     return multiply
 
