@@ -78,22 +78,37 @@ def test_rows_of_any_blocksize_plain_and_nested(
     check(2, 37, 384, dtype, blocksize, double=double)
 
 
+def before_a_wall(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy behind whose last byte memory may not be read."""
+    inside = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = torch.frombuffer(mmap.mmap(-1, inside + mmap.PAGESIZE), dtype=torch.uint8)
+    copy = memory[inside - tensor.nbytes : inside].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(memory.data_ptr() + inside), mmap.PAGESIZE, 0) == 0
+    return copy
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize(("name", "dtype"), [("avx512", torch.float32), ("avx512bf16", torch.bfloat16)])
-def test_rows_read_no_byte_beyond_the_weight(emulated: Callable[[str], None], name: str, dtype: torch.dtype) -> None:
-    """The byte after the last may not be read: there the process would end, so another one tries it."""
+@pytest.mark.parametrize(
+    ("name", "dtype", "batch", "rows"),
+    [
+        ("avx512", torch.float32, 1, 8),
+        ("avx512bf16", torch.bfloat16, 1, 8),
+        ("amx", torch.bfloat16, 5, 37),
+        ("amx", torch.bfloat16, 21, 37),
+    ],
+)
+def test_no_byte_is_read_beyond_the_last(
+    emulated: Callable[[str], None], name: str, dtype: torch.dtype, batch: int, rows: int
+) -> None:
+    """Of activations, codes and scales. There the process would end, so another one tries it."""
     emulated(name)
-    packed, absmax = reference.quantize_4bit(weights(8 * 256), 64, "nf4", torch.uint8)
-    x = torch.randn(1, 256).to(dtype)
-    cpu.gemm_4bit(x, packed, (8, 256), absmax, 64, "nf4")  # compiles
-    area = mmap.mmap(-1, 2 * mmap.PAGESIZE)
-    memory = torch.frombuffer(area, dtype=torch.uint8)
-    page = memory[mmap.PAGESIZE - packed.numel() : mmap.PAGESIZE]
-    page.copy_(packed.view(-1))
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(page.data_ptr() + page.numel()), mmap.PAGESIZE, 0) == 0
+    packed, absmax = reference.quantize_4bit(weights(rows * 256), 64, "nf4", torch.uint8)
+    x = torch.randn(batch, 256).to(dtype)
+    cpu.gemm_4bit(x, packed, (rows, 256), absmax, 64, "nf4")  # compiles
+    x, packed, absmax = (before_a_wall(tensor) for tensor in (x, packed, absmax))
     child = os.fork()
     if not child:
-        cpu.gemm_4bit(x, page, (8, 256), absmax, 64, "nf4")
+        cpu.gemm_4bit(x, packed, (rows, 256), absmax, 64, "nf4")
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 

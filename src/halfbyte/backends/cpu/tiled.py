@@ -58,10 +58,10 @@ def _plan(batch: int, rows: int, chunks: int, count: int) -> _Plan:
     groups = -(-batch // (wide * tiles.SIDE))
     step = HIGH * tiles.SIDE
     if groups == 1:
-        panel, held = min(PANEL, chunks), HIGH
+        panel, held = PANEL, HIGH
         share = max(1, rows // (step * 8 * count)) * step  # at least eight pieces a thread where there are rows
     else:
-        panel = min(PANEL_MANY, chunks)
+        panel = PANEL_MANY
         most = step if tiles.ordered_bytes(groups * wide, chunks) <= CACHED_BYTES else GROUP_ROWS
         share = min(range(step, most + 1, step), key=lambda share: (_busiest(rows, share, count), -share))
         held = share // tiles.SIDE
