@@ -10,6 +10,7 @@ import torch
 import halfbyte.functional as F
 from halfbyte.errors import ArgumentError
 from halfbyte.integrations.bitsandbytes import legacy, research
+from tests.support.parametrized import double
 
 
 def test_codes_without_a_scale_are_the_nearest_of_the_map() -> None:
@@ -78,6 +79,13 @@ def test_fp8_layers_round_forward_to_e4m3_and_gradients_to_e5m2(kind: Any) -> No
     torch.testing.assert_close(x.grad, rounded(grad, 5, 2) @ weight, **close)
     of_weight = grad.t() @ x.detach() if layer.mixed else rounded(grad, 5, 2).t() @ values
     torch.testing.assert_close(layer.weight.grad, of_weight, **close)
+
+
+def test_fp8_layers_add_a_bias_that_stands_behind_a_parametrization() -> None:
+    layer, x = research.LinearFP8Mixed(32, 16), torch.randn(5, 32)
+    plain, bias = layer(x), layer.bias.detach().clone()
+    double(layer, "bias")
+    torch.testing.assert_close(layer(x), plain + bias)
 
 
 def test_a_prepared_layer_keeps_the_codes_it_was_prepared_with() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.utils.parametrize
 
 from halfbyte.autograd import MatmulLtState, matmul
 from halfbyte.errors import CheckpointError, QuantStateMissingError
@@ -16,6 +15,7 @@ from halfbyte.nn import Int8Params, Linear8bitLt, receipt
 from tests.support.hard_inputs import DTYPES, weights
 from tests.support.int8_inputs import THRESHOLD, activations
 from tests.support.old_layouts import stored_as
+from tests.support.parametrized import double
 
 N, K = 24, 64
 
@@ -172,16 +172,9 @@ def test_a_float_weight_is_trained() -> None:
     assert torch.equal(layer.eval()(x), layer.train()(x))
 
 
-class Doubled(torch.nn.Module):
-    """Stands between a parameter and its layer."""
-
-    def forward(self, original: torch.Tensor) -> torch.Tensor:
-        return original * 2
-
-
 def test_a_float_weight_behind_a_parametrization_is_trained() -> None:
     layer, x = layer_of(has_fp16_weights=True), activations(2, K)
-    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    double(layer, "weight")
     for _ in range(2):
         torch.testing.assert_close(layer(x), matmul(x, layer.weight, bias=layer.bias, threshold=THRESHOLD))
     layer(x).sum().backward()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.nn.repeated import SHAPES
 from tests.support.listening import Listener
+from tests.support.parametrized import double
 from tests.support.repeating import LAYERS, K, N, X, misaligned, ordinary
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -192,19 +193,12 @@ def test_a_bias_that_was_missing_is_added(layer_of: Callable[..., Any], repeats:
     assert len(repeats) == 1
 
 
-class Doubled(torch.nn.Module):
-    """Stands between a parameter and its layer."""
-
-    def forward(self, original: Tensor) -> Tensor:
-        return original * 2
-
-
 def test_a_bias_that_is_computed_in_each_call_takes_the_ordinary_way(
     layer_of: Callable[..., Any], repeats: list[torch.Size]
 ) -> None:
     layer = layer_of()
     single = layer(X), layer(X)
-    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    double(layer, "bias")
     for _ in range(3):
         torch.testing.assert_close(layer(X), single[0] + layer.bias / 2)
     assert repeats == [X.shape]
@@ -214,7 +208,7 @@ def test_the_backend_is_not_asked_to_repeat_a_bias_that_is_computed(
     layer_of: Callable[..., Any], asked: list[Any]
 ) -> None:
     layer = layer_of()
-    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    double(layer, "bias")
     layer(X), layer(X)
     assert asked == []
 
@@ -225,7 +219,7 @@ def test_a_bias_that_came_after_a_call_without_one_and_is_computed_is_added(
     layer = layer_of(bias=False)
     without = layer(X)
     layer.bias = torch.nn.Parameter(torch.ones(N))
-    torch.nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    double(layer, "bias")
     torch.testing.assert_close(layer(X), without + 2)
     assert repeats == []
 
